@@ -1,0 +1,174 @@
+"""The release recipe: one YAML file that describes a release, read into frozen models with a stable digest.
+
+A recipe is data: it names schemes, lengths and bounds, never Python paths. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from packager.errors import BadInput
+
+
+class Spec(BaseModel):
+    """Base of all recipe sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def digest(self) -> str:
+        """`sha256:<hex>` of the section's canonical JSON; equal settings give equal digests."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+class SourceSpec(Spec):
+    """Where the BF16 checkpoint comes from: a directory, or a hub repository at a pinned revision."""
+
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SourceSpec:
+        if (self.path is None) == (self.repo is None):
+            raise ValueError("source needs exactly one of `path` and `repo`")
+        return self
+
+
+class QuantizeSpec(Spec):
+    """How weights are quantized."""
+
+    scheme: Literal["fp8-block"] = "fp8-block"
+    dialect: Literal["compressed-tensors", "deepseek"] = "compressed-tensors"
+    scale_rounding: Literal["float32", "power-of-two"] = "power-of-two"
+    """Power-of-two scales survive DeepGEMM's re-quantization on Hopper unchanged; FP32 ones lose about 3 dB."""
+    shard_bytes: int = Field(default=5_000_000_000, gt=0)
+    """Size of an output shard in bytes."""
+
+
+class ContextSpec(Spec):
+    """How far the context is extended."""
+
+    length: int = Field(gt=0)
+    """Tokens served; must be a multiple of the checkpoint's trained length."""
+    method: Literal["yarn"] = "yarn"
+
+
+class DraftSpec(Spec):
+    """The EAGLE3 draft head and its training."""
+
+    vocab_size: int = Field(gt=0)
+    """Draft vocabulary: the most frequent target tokens in the responses."""
+    aux_layers: tuple[int, ...]
+    """Target layers whose *inputs* feed the draft (layer j's input is the output of layer j-1)."""
+    num_speculative_tokens: int = Field(default=3, ge=1)
+    prompts: int = Field(gt=0)
+    """How many prompts get a response from the target."""
+    prompts_file: str | None = None
+    """JSONL of chat messages; None: the nano's own language."""
+    max_response_tokens: int = Field(default=128, gt=0)
+    steps: int = Field(gt=0)
+    batch_tokens: int = Field(default=4096, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    ttt_steps: int = Field(default=3, ge=1)
+    """Steps of training-time test: how often the draft is fed its own states while training."""
+    seed: int = 0
+
+
+class ValidateSpec(Spec):
+    """What is measured, on how many items."""
+
+    items_per_task: int = Field(default=40, gt=0)
+    items_file: str | None = None
+    """JSONL of items; None: the nano's held-out set."""
+    long_items: int = Field(default=30, ge=0)
+    """Long-record items per multiple (1x, 2x, 4x) of the trained length."""
+    identity_prompts: int = Field(default=100, ge=0)
+    """Prompts on which greedy output with and without the draft is compared."""
+    concurrency: tuple[int, ...] = (1, 8)
+    throughput_prompts: int = Field(default=24, gt=0)
+    throughput_output_tokens: int = Field(default=96, gt=0)
+    seed: int = 0
+
+
+class GatesSpec(Spec):
+    """Bounds named beforehand. None: the figure is reported, not gated."""
+
+    max_accuracy_loss_points: float | None = None
+    """Largest loss, in percentage points, of FP8 against BF16 (the point estimate)."""
+    min_acceptance_length: float | None = None
+    min_identical_fraction: float | None = None
+    min_draft_speedup: float | None = None
+    min_tokens_per_second: float | None = None
+    """Single-stream output tokens/s on the recipe's hardware."""
+    min_ratio_to_dense: float | None = None
+    min_long_context_tokens: int | None = None
+
+
+class BundleSpec(Spec):
+    """What the model card must say that cannot be measured."""
+
+    title: str
+    license: str | None = None
+    base_model: str | None = None
+    languages: tuple[str, ...] = ("en", "zh")
+    description: str = ""
+    intended_use: str = ""
+    limitations: str = ""
+    inherited: tuple[dict[str, str], ...] = ()
+    """Figures published by others: `{claim, source}`; printed as inherited, never as measured."""
+
+
+class PublishSpec(Spec):
+    """Where the bundle goes: `hf://org/name` or `dir:PATH`."""
+
+    target: str
+    tag: str | None = None
+    private: bool = False
+
+
+class Recipe(Spec):
+    """A whole release."""
+
+    name: str
+    hardware: str = "cpu"
+    source: SourceSpec
+    quantize: QuantizeSpec = QuantizeSpec()
+    context: ContextSpec
+    draft: DraftSpec
+    validate_: ValidateSpec = Field(default=ValidateSpec(), alias="validate")
+    gates: GatesSpec = GatesSpec()
+    bundle: BundleSpec
+    publish: PublishSpec
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        BadInput: the file is missing, not YAML, or has unknown, missing or ill-typed keys (each is listed).
+    """
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"no recipe at {path}", "Give the path of a YAML recipe; see the recipes folder.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise BadInput(f"{path} is not YAML: {err}") from None
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path} does not hold a mapping at its top level")
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as err:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in err.errors()]
+        raise BadInput(
+            f"{path} is not a valid recipe:\n" + "\n".join(lines), "Correct the keys named above."
+        ) from None

@@ -1,0 +1,1 @@
+"""Release recipes, shipped as data beside this file."""
