@@ -1,0 +1,5 @@
+"""`python -m packager` is the `packager` command."""
+
+from packager.cli import main
+
+main()
