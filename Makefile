@@ -1,0 +1,85 @@
+# Two commands for a newcomer: `make demo` and `make test`. `make help` lists the rest.
+#
+# Needs Linux x86-64 and Python 3.11 or 3.12; everything else goes into .venv from a complete lock.
+# LOCK=requirements/cpu.txt (or cuda.txt) overrides the choice; PYTHON=/path/to/python names an interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?=
+LOCK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements/cuda.txt || echo requirements/cpu.txt)
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+WORKSPACE ?= demo
+
+.PHONY: help venv demo test check lint lock bench clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+# The stamp is written last and holds a hash of what was installed: a half-made environment has none and is
+# made anew, an unchanged lock is not installed again.
+venv:  ## make .venv if it is missing or the lock has changed
+	@want=$$(cat $(LOCK) pyproject.toml | sha256sum | cut -d' ' -f1)
+	if [ "$$(cat .venv/.installed 2>/dev/null || true)" = "$$want" ]; then exit 0; fi
+	if [ ! -e .venv/.installed ]; then
+	  python=
+	  for candidate in $(PYTHON) python3.11 python3.12 python3 python; do
+	    if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+	        2>/dev/null; then python=$$candidate; break; fi
+	  done
+	  if [ -z "$$python" ]; then
+	    echo "error: no Python 3.11 or 3.12 (with venv) found" >&2
+	    echo "what to do: install one (Debian: apt install python3.11-venv; or: uv python install 3.11)," >&2
+	    echo "            or name it: make $(or $(MAKECMDGOALS),venv) PYTHON=/path/to/python3.11" >&2
+	    exit 2
+	  fi
+	  echo "making .venv with $$($$python --version) from $(LOCK), about two minutes ..." >&2
+	  rm -rf .venv
+	  "$$python" -m venv .venv
+	else
+	  echo "$(LOCK) or pyproject.toml has changed: bringing .venv up to date ..." >&2
+	  rm .venv/.installed
+	fi
+	install="$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps"
+	torch=$$(grep -E '^torch==[0-9.]+\+cpu' $(LOCK) || true)
+	if [ -n "$$torch" ]; then
+	  $$install "$$torch" 2>/dev/null || $$install --extra-index-url $(TORCH_CPU_INDEX) "$$torch"
+	fi
+	$$install -r $(LOCK)
+	$$install --no-build-isolation -e .
+	echo "$$want" > .venv/.installed
+
+demo: venv  ## the whole release of the nano model, end to end, on this machine
+	@exec $(BIN)/packager release recipes/nano.yaml --workspace $(WORKSPACE)
+
+test: venv  ## every test this machine can run
+	@exec $(BIN)/python -m pytest
+
+check: lint  ## before each commit: lint and the quick tests
+	@exec $(BIN)/python -m pytest -q -m "not slow and not engine"
+
+lint: venv  ## ruff, mypy --strict, the layer test
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+# Where the CPU build of torch comes from: a local wheel folder if pip is given one, else PyTorch's own index.
+CPU_TORCH = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
+COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --python-version 3.11 --extra quantize --extra draft \
+	--extra validate --extra nano --extra dev --no-emit-index-url --no-emit-find-links --no-annotate --no-header
+
+lock: venv  ## resolve pyproject.toml into requirements/cpu.txt and cuda.txt
+	@$(COMPILE) $(CPU_TORCH) --extra serve-cpu --override requirements/overrides-cpu.txt -o requirements/cpu.txt
+	$(COMPILE) --extra serve --override requirements/overrides-cuda.txt -o requirements/cuda.txt
+
+bench: venv  ## quantization throughput against cp, as a ratio of one run
+	@exec $(BIN)/python benchmarks/quantize.py
+
+clean:  ## remove the demo workspace, caches and builds (keeps .venv)
+	@rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
