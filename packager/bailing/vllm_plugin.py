@@ -1,0 +1,22 @@
+"""vLLM general plugin: BailingMoeV2 without trust_remote_code, and with EAGLE3.
+
+vLLM calls `register` (entry point group `vllm.general_plugins`) in every process it starts.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURE = "BailingMoeV2ForCausalLM"
+_CLASS = "packager.bailing.vllm_model:BailingMoeV2ForCausalLM"
+
+
+def register() -> None:
+    """Teach transformers the config and vLLM the EAGLE3-capable class. Idempotent.
+
+    The model class goes in by name, so that nothing that could touch a device is imported here.
+    """
+    from vllm import ModelRegistry
+
+    from packager.bailing import hf_config
+
+    hf_config.register()
+    ModelRegistry.register_model(ARCHITECTURE, _CLASS)
