@@ -78,7 +78,7 @@ class BailingMoeV2Config(PreTrainedConfig):  # type: ignore[misc]
     ) -> None:
         if problem := rope_disagreement(rope_parameters, rope_scaling):
             raise ValueError(f"the config contradicts itself: {problem}")
-        # transformers' constructor reads these four while it standardizes RoPE: they must stand before it runs.
+        # transformers' constructor reads these four while it standardizes RoPE: set them before it runs.
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
         self.partial_rotary_factor = partial_rotary_factor

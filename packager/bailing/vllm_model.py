@@ -19,8 +19,8 @@ from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle
 from vllm.sequence import IntermediateTensors
 
 
-# The stock class is already decorated for torch.compile, and its constructor compiles `self.forward`, whichever
-# class that is from: the subclass is not decorated again.
+# The stock class is already decorated for torch.compile, and its constructor compiles `self.forward`,
+# whichever class that comes from: no second decorator here.
 class BailingMoeV2Model(stock.BailingMoeModel, EagleModelMixin):  # type: ignore[misc]
     """The decoder; returns auxiliary hidden states once a draft has asked for them."""
 
@@ -61,8 +61,8 @@ class BailingMoeV2Model(stock.BailingMoeModel, EagleModelMixin):  # type: ignore
 def _decoder_class(replacement: type[nn.Module]) -> Iterator[None]:
     """Let the stock constructor build `replacement` as its decoder.
 
-    It names the decoder class as a global of its module. Running that constructor, not a copy of it, keeps stock
-    behaviour on every vLLM release; should the name go, this fails loudly instead of serving something else.
+    It names the decoder class as a global of its module. Running that constructor, not a copy of it, keeps
+    stock behaviour on every vLLM release; should the name go, this fails loudly.
     """
     original = stock.BailingMoeModel
     stock.BailingMoeModel = replacement
