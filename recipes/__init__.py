@@ -1,1 +1,1 @@
-"""Release recipes, shipped as data beside this file."""
+"""Release recipes, shipped as data: copy one and edit it."""

@@ -1,0 +1,133 @@
+"""Imports go down only, and light commands stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Higher may import lower. Rooms of one level do not import one another, except in the pairs below.
+LEVEL = {
+    "errors": 0,
+    "recipe": 1,
+    "artifact": 1,
+    "checkpoint": 2,
+    "bailing": 2,
+    "quantize": 3,
+    "context": 3,
+    "draft": 3,
+    "serving": 3,
+    "nano": 3,
+    "bundle": 4,
+    "publish": 5,
+    "release": 6,
+    "cli": 7,
+}
+PAIRS = {("bailing", "checkpoint")}  # a model's layout is stated in terms of tensors on disk
+MAY_VALIDATE = {"cli", "release", "serving", "bundle"}
+HEAVY = ("torch", "transformers", "vllm", "scipy", "matplotlib", "speculators", "llmcompressor", "datasets")
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports anywhere, with its line; relative imports made absolute."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            if module == "packager" or not node.module:
+                for alias in node.names:
+                    yield f"{module}.{alias.name}", node.lineno
+            else:
+                yield module, node.lineno
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(ROOT / "packager").parts[0].removesuffix(".py")
+
+
+def _complaints(files: list[Path]) -> list[str]:
+    found = []
+    for path in files:
+        room = _room(path)
+        if room in ("__init__", "__main__"):
+            continue
+        for module, line in _imports(path):
+            where = f"{path.relative_to(ROOT)}:{line} imports {module}"
+            parts = module.split(".")
+            if parts[0] == "validation" and room not in MAY_VALIDATE:
+                found.append(where)
+            if parts[0] != "packager" or len(parts) < 2 or parts[1] in (room, "__version__"):
+                continue
+            if LEVEL[parts[1]] >= LEVEL[room] and (room, parts[1]) not in PAIRS:
+                found.append(where)
+    return found
+
+
+def test_every_room_has_a_level() -> None:
+    rooms = {_room(path) for path in (ROOT / "packager").rglob("*.py")} - {"__init__", "__main__"}
+    assert rooms <= set(LEVEL)
+
+
+def test_imports_go_down_only() -> None:
+    assert _complaints(sorted((ROOT / "packager").rglob("*.py"))) == []
+
+
+def test_validation_imports_nothing_from_packager() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in (ROOT / "validation").rglob("*.py")
+        for module, line in _imports(path)
+        if module.split(".")[0] == "packager"
+    ]
+    assert found == []
+
+
+def test_an_upward_import_would_be_found() -> None:
+    planted = ROOT / "packager" / "artifact.py"
+    upward = [module for module, _ in _imports(ROOT / "packager" / "cli" / "release.py")]
+    assert any(module.startswith("packager.release") for module in upward)
+    assert LEVEL[_room(planted)] < LEVEL["release"]
+
+
+def test_no_room_is_a_junk_drawer() -> None:
+    for package in ("packager", "validation"):
+        names = {path.stem for path in (ROOT / package).rglob("*")}
+        assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+@pytest.mark.parametrize("package", ["packager", "validation"])
+def test_nothing_trusts_code_in_a_checkpoint_or_unpickles(package: str) -> None:
+    found = []
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                    found.append(f"{path.relative_to(ROOT)}:{node.value.lineno}")
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                if "pickle" in names:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
+
+
+def test_all_verbs_and_the_release_import_without_torch() -> None:
+    script = (
+        "import importlib, sys\n"
+        "from packager.cli import VERBS, module_of\n"
+        "for verb in VERBS: importlib.import_module(module_of(verb))\n"
+        "import packager.release\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
