@@ -1,0 +1,1 @@
+"""From sealed stages to a bundle: assembly, lock, model card, signature, verification."""
