@@ -1,0 +1,157 @@
+"""Accuracy of a served model on items with known answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from validation.document import Document, Url
+from validation.endpoint import Endpoint, Sampling
+from validation.errors import MeasurementError
+from validation.statistics import wilson
+from validation.tasks.items import Item, items_digest
+from validation.tasks.scoring import extract_answer, is_correct, normalise
+
+
+class ItemResult(Document):
+    """One item as one model answered it."""
+
+    id: str
+    task: str
+    language: str
+    question: str
+    """Content of the last turn, to read a flip by."""
+    expected: str
+    extracted: str | None
+    """None: the answer held no marker."""
+    correct: bool
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Share(Document):
+    """A share of items answered rightly, with its 95 % Wilson interval and the majority-answer baseline."""
+
+    name: str
+    n: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+    majority_answer: str
+    """The commonest right answer; a model that always gives it scores `majority_share`."""
+    majority_share: float
+
+
+class AccuracyRun(Document):
+    """All items as one served model answered them."""
+
+    schema_version: int = 1
+    label: str
+    subject: str
+    model: str
+    items_digest: str
+    sampling: Sampling
+    results: tuple[ItemResult, ...]
+    overall: Share
+    by_task: tuple[Share, ...]
+    by_language: tuple[Share, ...]
+    truncated: int
+    """Answers cut off at `max_tokens`."""
+    unmarked: int
+    """Answers without an answer marker."""
+    seconds: float
+    """Sum of the requests' own times."""
+
+
+def measure_accuracy(
+    url: Url,
+    model: str,
+    items: Sequence[Item],
+    *,
+    subject: str,
+    cache: Path,
+    label: str,
+    concurrency: int = 8,
+    sampling: Sampling | None = None,
+    timeout_s: float = 120.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> AccuracyRun:
+    """Ask every item and score the answers; answers already in `cache` are not asked for again.
+
+    Raises:
+        MeasurementError, ServerUnreachable: see `Endpoint.complete`.
+    """
+    if not items:
+        raise MeasurementError("no items to measure accuracy on")
+    sampling = sampling or Sampling()
+    endpoint = Endpoint(url, model, concurrency=concurrency, timeout_s=timeout_s)
+    completions = endpoint.complete(
+        [i.request for i in items], sampling, subject=subject, cache=cache, progress=progress
+    )
+    results = []
+    for item, completion in zip(items, completions, strict=True):
+        extracted = extract_answer(completion.text)
+        results.append(
+            ItemResult(
+                id=item.id,
+                task=item.task,
+                language=item.language,
+                question=item.messages[-1].content,
+                expected=normalise(item.answer),
+                extracted=extracted,
+                correct=is_correct(extracted, item.answer),
+                text=completion.text,
+                finish_reason=completion.finish_reason,
+                prompt_tokens=completion.prompt_tokens,
+                completion_tokens=completion.completion_tokens,
+            )
+        )
+    return AccuracyRun(
+        label=label,
+        subject=subject,
+        model=model,
+        items_digest=items_digest(items),
+        sampling=sampling,
+        results=tuple(results),
+        overall=share_of("all", results),
+        by_task=_shares(results, lambda r: r.task),
+        by_language=_shares(results, lambda r: r.language),
+        truncated=sum(r.finish_reason == "length" for r in results),
+        unmarked=sum(r.extracted is None for r in results),
+        seconds=sum(c.seconds for c in completions),
+    )
+
+
+def share_of(name: str, results: Sequence[ItemResult]) -> Share:
+    """The share of right answers among `results` and what always giving the commonest answer would score.
+
+    Over several tasks the baseline gives each task its own commonest answer.
+    """
+    n, correct = len(results), sum(r.correct for r in results)
+    low, high = wilson(correct, n)
+    answers: dict[str, Counter[str]] = {}
+    for r in results:
+        answers.setdefault(r.task, Counter())[r.expected] += 1
+    # Ties go to the answer that sorts first, so that the same items give the same report.
+    best = {task: min(c.items(), key=lambda kv: (-kv[1], kv[0])) for task, c in answers.items()}
+    return Share(
+        name=name,
+        n=n,
+        correct=correct,
+        accuracy=correct / n,
+        low=low,
+        high=high,
+        majority_answer=next(iter(best.values()))[0] if len(best) == 1 else "(per task)",
+        majority_share=sum(count for _, count in best.values()) / n,
+    )
+
+
+def _shares(results: Sequence[ItemResult], key: Callable[[ItemResult], str]) -> tuple[Share, ...]:
+    groups: dict[str, list[ItemResult]] = {}
+    for r in results:
+        groups.setdefault(key(r), []).append(r)
+    return tuple(share_of(name, groups[name]) for name in sorted(groups))
