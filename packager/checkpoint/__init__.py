@@ -1,0 +1,6 @@
+"""Tensors on disk, never all in memory: safetensors headers, a reader and a shard writer."""
+
+from packager.checkpoint.header import TensorInfo
+from packager.checkpoint.source import Checkpoint
+
+__all__ = ["Checkpoint", "TensorInfo"]

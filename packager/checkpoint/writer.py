@@ -1,0 +1,86 @@
+"""Shards written into an artifact: a plan made from shapes alone, then one file at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from packager.artifact import ArtifactWriter, FileEntry, HashingFile
+from packager.checkpoint.header import DTYPE_BYTES, build_header
+from packager.checkpoint.source import INDEX_NAME
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file to be written, its tensors in data order."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The bytes before the data."""
+        return build_header((spec.name, spec.dtype, spec.shape) for spec in self.tensors)
+
+
+def plan_shards(groups: Iterable[Sequence[TensorSpec]], shard_bytes: int) -> list[ShardPlan]:
+    """Cut groups of tensors (a weight and its scale stay together) into files of at most `shard_bytes`.
+
+    A group larger than that gets a file of its own. Order is kept; equal input gives equal names and bytes.
+    """
+    bins: list[list[TensorSpec]] = []
+    filled = 0
+    for group in groups:
+        size = sum(spec.nbytes for spec in group)
+        if not bins or (filled and filled + size > shard_bytes):
+            bins.append([])
+            filled = 0
+        bins[-1].extend(group)
+        filled += size
+    total = len(bins)
+    return [
+        ShardPlan(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(tensors))
+        for number, tensors in enumerate(bins, start=1)
+    ]
+
+
+class ShardData:
+    """The data section of a shard while it is written; it must become as long as the header announced."""
+
+    def __init__(self, plan: ShardPlan, handle: HashingFile) -> None:
+        self._handle, self._plan = handle, plan
+        handle.write(plan.header)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes of the next tensors."""
+        self._handle.write(data)
+
+    def finish(self) -> None:
+        """Check that the shard is full. Raises RuntimeError: it is not."""
+        expected = len(self._plan.header) + sum(spec.nbytes for spec in self._plan.tensors)
+        if self._handle.size != expected:
+            raise RuntimeError(f"{self._plan.name}: {self._handle.size} bytes written, {expected} announced")
+
+
+def write_index(writer: ArtifactWriter, plans: Sequence[ShardPlan]) -> FileEntry:
+    """The standard index beside shards that are finished."""
+    weight_map = {spec.name: plan.name for plan in plans for spec in plan.tensors}
+    total = sum(spec.nbytes for plan in plans for spec in plan.tensors)
+    return writer.write_json(
+        INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
