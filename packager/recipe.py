@@ -48,7 +48,7 @@ class QuantizeSpec(Spec):
     scheme: Literal["fp8-block"] = "fp8-block"
     dialect: Literal["compressed-tensors", "deepseek"] = "compressed-tensors"
     scale_rounding: Literal["float32", "power-of-two"] = "power-of-two"
-    """Power-of-two scales survive DeepGEMM's re-quantization on Hopper unchanged; FP32 ones lose about 3 dB."""
+    """DeepGEMM on Hopper re-quantizes to power-of-two scales: such ones survive it, FP32 ones lose 3 dB."""
     shard_bytes: int = Field(default=5_000_000_000, gt=0)
     """Size of an output shard in bytes."""
 
@@ -93,6 +93,10 @@ class ValidateSpec(Spec):
     identity_prompts: int = Field(default=100, ge=0)
     """Prompts on which greedy output with and without the draft is compared."""
     concurrency: tuple[int, ...] = (1, 8)
+    max_output_tokens: int = Field(default=128, gt=0)
+    """Longest answer to an item."""
+    dense_baseline: str | None = None
+    """Folder of the dense checkpoint whose speed is compared; None: the nano's sibling, or not measured."""
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
     seed: int = 0
@@ -110,6 +114,8 @@ class GatesSpec(Spec):
     """Single-stream output tokens/s on the recipe's hardware."""
     min_ratio_to_dense: float | None = None
     min_long_context_tokens: int | None = None
+    """Longest record that must still be read with `min_long_accuracy`."""
+    min_long_accuracy: float = Field(default=0.6, ge=0, le=1)
 
 
 class BundleSpec(Spec):
@@ -151,20 +157,37 @@ class Recipe(Spec):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error; the standard loader keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        BadInput: the file is missing, not YAML, or has unknown, missing or ill-typed keys (each is listed).
+        BadInput: the file is missing, not YAML, or has unknown, repeated, missing or ill-typed keys (each is
+            listed).
     """
+    remedy = "Give the path of a YAML recipe; see the recipes folder."
     try:
-        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw: Any = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except FileNotFoundError:
-        raise BadInput(f"no recipe at {path}", "Give the path of a YAML recipe; see the recipes folder.") from None
+        raise BadInput(f"no recipe at {path}", remedy) from None
+    except OSError as err:
+        raise BadInput(f"cannot read {path}: {err.strerror}", remedy) from None
     except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise BadInput(f"{path} is not YAML: {err}") from None
+        raise BadInput(f"{path} is not YAML: {err}", remedy) from None
     if not isinstance(raw, dict):
-        raise BadInput(f"{path} does not hold a mapping at its top level")
+        raise BadInput(f"{path} does not hold a mapping at its top level", remedy)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as err:
