@@ -1,8 +1,9 @@
 """A client for OpenAI-compatible servers: bounded concurrency, bounded retries, every answer kept on disk.
 
-Answers go to one JSONL file per (subject, model, sampling): the first line records those settings, each further
-line one answer under the digest of its messages. An answer that is there is never asked for again, whichever
-measurement asks, so a run that was killed goes on where it stopped, and accuracy and identity share answers.
+Answers go to one JSONL file per (subject, model, sampling): the first line records those settings, each
+further line one answer under the digest of its messages. An answer that is there is never asked for again,
+whichever measurement asks, so a run that was killed goes on where it stopped, and accuracy and identity
+share answers.
 """
 
 from __future__ import annotations

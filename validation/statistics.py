@@ -78,9 +78,7 @@ def paired_score(only_reference: int, only_candidate: int, n: int, delta: float)
     return numerator / math.sqrt(variance)
 
 
-def paired_difference(
-    only_reference: int, only_candidate: int, n: int, confidence: float = 0.95
-) -> Interval:
+def paired_difference(only_reference: int, only_candidate: int, n: int, confidence: float = 0.95) -> Interval:
     """Tango's score interval of the paired difference candidate - reference, in [-1, 1].
 
     Unlike the Wald interval it has the right width when few or no pairs are discordant, the usual case for

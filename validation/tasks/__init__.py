@@ -1,4 +1,4 @@
-"""Tasks with known answers: items, scoring, accuracy, and paired comparison of two models on the same items."""
+"""Tasks with known answers: items, scoring, accuracy, and two models compared on the same items."""
 
 from validation.tasks.accuracy import AccuracyRun, ItemResult, Share, measure_accuracy, share_of
 from validation.tasks.comparison import AccuracyComparison, Flip, Paired, compare_accuracy

@@ -22,8 +22,8 @@ class Item(Document):
     language: str
     messages: tuple[Message, ...] = Field(min_length=1)
     answer: str = Field(min_length=1)
-    meta: dict[str, Any] = {}
-    """For long-context items: `context_tokens`, `depth` (0 start, 1 end) and `multiple` of the trained length."""
+    meta: dict[str, Any] = Field(default_factory=dict)
+    """Of long-record items: `context_tokens`, `depth` (0 start, 1 end), `multiple` of the trained length."""
 
     @property
     def request(self) -> Request:

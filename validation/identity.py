@@ -1,0 +1,232 @@
+"""Greedy output of two servers of the same weights: is it the same, and where not, did a near tie decide?
+
+Speculative decoding is meant to change speed only. In exact arithmetic greedy output is identical; in
+floating point the verifier computes K+1 positions in one pass of another shape, sums come in another order,
+and where two tokens are almost equally likely the other one can win. A difference is harmless exactly if it
+starts there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from validation.document import Document, Url
+from validation.endpoint import Endpoint, Sampling, TokenOutput
+from validation.errors import MeasurementError
+from validation.tasks.items import Item, items_digest
+
+NEAR_TIE_NATS = 0.125
+"""Log-probability gap up to which two tokens count as tied.
+
+Engines compute logits in BF16, whose spacing is 0.125 for magnitudes from 16 to 32 and 0.0625 from 8 to 16:
+a gap of 0.125 is one or two units in the last place, which another order of summation can turn round. The
+likelier token then has at most 53 % of what the two share.
+"""
+
+
+class TokenSequence(Document):
+    """One greedy answer, token by token."""
+
+    id: str
+    text: str
+    finish_reason: str
+    tokens: tuple[TokenOutput, ...]
+
+
+class OutputRun(Document):
+    """Greedy answers of one server."""
+
+    schema_version: int = 1
+    label: str
+    subject: str
+    items_digest: str
+    sampling: Sampling
+    outputs: tuple[TokenSequence, ...]
+
+
+class Difference(Document):
+    """Where two answers part."""
+
+    id: str
+    position: int
+    """Index of the first token that differs; an end of the answer counts as a token."""
+    agreed_text: str
+    """The common beginning of both texts."""
+    reference_token: str
+    candidate_token: str
+    gap_nats: float | None
+    """How much likelier the reference found its own token than the candidate's; None: not among its
+    alternatives, or one of the two answers ended here."""
+    gap_at_least_nats: float | None
+    """With no gap: the least it can be, since the candidate's token is below all listed alternatives."""
+    near_tie: bool
+    reference_text: str
+    candidate_text: str
+
+
+class Noise(Document):
+    """|difference| in log-probability (nats) of the same token after the same beginning on both servers."""
+
+    tokens: int
+    median: float
+    p99: float
+    largest: float
+
+
+class IdentityResult(Document):
+    """Greedy outputs of two servers compared."""
+
+    schema_version: int = 1
+    reference: str
+    candidate: str
+    reference_subject: str
+    candidate_subject: str
+    items_digest: str
+    sampling: Sampling
+    near_tie_nats: float
+    n: int
+    identical: int
+    identical_fraction: float
+    differences: tuple[Difference, ...]
+    all_near_ties: bool
+    """Whether every difference starts at a near tie; true when there is none."""
+    noise: Noise | None
+
+
+def collect_outputs(
+    url: Url,
+    model: str,
+    items: Sequence[Item],
+    *,
+    subject: str,
+    cache: Path,
+    label: str,
+    concurrency: int = 8,
+    sampling: Sampling | None = None,
+    timeout_s: float = 120.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> OutputRun:
+    """Greedy answers with token log-probabilities; shares its cache with `measure_accuracy`.
+
+    Raises:
+        MeasurementError: the sampling is not greedy, or the server returns no log-probabilities.
+        ServerUnreachable: see `Endpoint.complete`.
+    """
+    sampling = sampling or Sampling()
+    if sampling.temperature != 0.0 or not sampling.top_logprobs:
+        raise MeasurementError("output identity needs temperature 0 and at least one top log-probability")
+    endpoint = Endpoint(url, model, concurrency=concurrency, timeout_s=timeout_s)
+    completions = endpoint.complete(
+        [i.request for i in items], sampling, subject=subject, cache=cache, progress=progress
+    )
+    outputs = []
+    for completion in completions:
+        if completion.tokens is None:
+            raise MeasurementError(
+                f"the server of {label} returns no log-probabilities",
+                "Identity needs them to find near ties.",
+            )
+        outputs.append(
+            TokenSequence(
+                id=completion.id,
+                text=completion.text,
+                finish_reason=completion.finish_reason,
+                tokens=completion.tokens,
+            )
+        )
+    return OutputRun(
+        label=label,
+        subject=subject,
+        items_digest=items_digest(items),
+        sampling=sampling,
+        outputs=tuple(outputs),
+    )
+
+
+def compare_outputs(
+    reference: OutputRun, candidate: OutputRun, *, near_tie_nats: float = NEAR_TIE_NATS
+) -> IdentityResult:
+    """Compare two runs over the same items token by token.
+
+    Raises:
+        MeasurementError: the runs differ in items or sampling, or are empty.
+    """
+    if reference.items_digest != candidate.items_digest or reference.sampling != candidate.sampling:
+        raise MeasurementError(f"{reference.label} and {candidate.label} did not answer the same questions")
+    if not reference.outputs:
+        raise MeasurementError("no outputs to compare")
+    differences: list[Difference] = []
+    noise: list[float] = []
+    for a, b in zip(reference.outputs, candidate.outputs, strict=True):
+        position = _first_difference(a.tokens, b.tokens)
+        agreed = position if position is not None else len(a.tokens)
+        noise += [abs(x.logprob - y.logprob) for x, y in zip(a.tokens[:agreed], b.tokens, strict=False)]
+        if position is not None:
+            differences.append(_difference(a, b, position, near_tie_nats))
+    n = len(reference.outputs)
+    return IdentityResult(
+        reference=reference.label,
+        candidate=candidate.label,
+        reference_subject=reference.subject,
+        candidate_subject=candidate.subject,
+        items_digest=reference.items_digest,
+        sampling=reference.sampling,
+        near_tie_nats=near_tie_nats,
+        n=n,
+        identical=n - len(differences),
+        identical_fraction=(n - len(differences)) / n,
+        differences=tuple(differences),
+        all_near_ties=all(d.near_tie for d in differences),
+        noise=_noise(noise),
+    )
+
+
+_END = "(end)"
+
+
+def _first_difference(a: Sequence[TokenOutput], b: Sequence[TokenOutput]) -> int | None:
+    for position, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x.token != y.token:
+            return position
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def _difference(a: TokenSequence, b: TokenSequence, position: int, near_tie_nats: float) -> Difference:
+    ours = a.tokens[position] if position < len(a.tokens) else None
+    theirs = b.tokens[position].token if position < len(b.tokens) else _END
+    gap = bound = None
+    if ours is not None:
+        listed = dict(ours.top)
+        if theirs in listed:
+            gap = ours.logprob - listed[theirs]
+        elif theirs != _END and listed:
+            bound = ours.logprob - min(listed.values())
+    agreed = 0
+    while agreed < min(len(a.text), len(b.text)) and a.text[agreed] == b.text[agreed]:
+        agreed += 1
+    return Difference(
+        id=a.id,
+        position=position,
+        agreed_text=a.text[:agreed],
+        reference_token=ours.token if ours is not None else _END,
+        candidate_token=theirs,
+        gap_nats=gap,
+        gap_at_least_nats=bound,
+        near_tie=gap is not None and gap <= near_tie_nats,
+        reference_text=a.text,
+        candidate_text=b.text,
+    )
+
+
+def _noise(values: list[float]) -> Noise | None:
+    if not values:
+        return None
+    values.sort()
+    last = len(values) - 1
+    return Noise(
+        tokens=len(values),
+        median=values[round(0.5 * last)],
+        p99=values[round(0.99 * last)],
+        largest=values[last],
+    )
