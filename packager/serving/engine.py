@@ -1,0 +1,87 @@
+"""What is served, and the one function that every serve command comes from: run, printed or published."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from packager.errors import BadInput
+from packager.serving.cpu import CPU_ARGUMENTS, Device, cpu_environment, device
+
+
+@dataclass(frozen=True)
+class ServeSpec:
+    """One model as it is to be served."""
+
+    model: Path
+    served_name: str = "model"
+    draft: Path | None = None
+    """An EAGLE3 draft; None: plain decoding."""
+    num_speculative_tokens: int = 3
+    max_model_len: int | None = None
+    """Tokens of prompt and output together; None: what the checkpoint says."""
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    """Overrides of the target's config.json; they do not reach the draft."""
+    tensor_parallel: int = 1
+    extra_args: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise BadInput unless model and draft are checkpoint directories."""
+        for role, path in (("model", self.model), ("draft", self.draft)):
+            if path is not None and not (path / "config.json").is_file():
+                what = "has no config.json" if path.is_dir() else "is not a directory"
+                raise BadInput(f"the {role} {path} {what}", "Give the directory of a checkpoint.")
+
+
+def vllm_command(
+    spec: ServeSpec,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    python: str = sys.executable,
+    target: Device | None = None,
+) -> list[str]:
+    """The vLLM command line that serves `spec`, as an argument list.
+
+    `target` None: for this machine. With `cuda` it is the published form, `vllm serve MODEL`. With `cpu` it
+    is `python -m …api_server`, because the `vllm` command of the CPU distribution fails at once (it asks for the
+    metadata of a distribution named vllm), plus the settings that make a processor start fast.
+    """
+    kind = target or device()
+    if kind == "cpu":
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(spec.model)]
+    else:
+        command = ["vllm", "serve", str(spec.model)]
+    command += ["--served-model-name", spec.served_name, "--host", host, "--port", str(port)]
+    if spec.max_model_len is not None:
+        command += ["--max-model-len", str(spec.max_model_len)]
+    if spec.tensor_parallel > 1:
+        command += ["--tensor-parallel-size", str(spec.tensor_parallel)]
+    if spec.hf_overrides:
+        command += ["--hf-overrides", json.dumps(spec.hf_overrides, sort_keys=True)]
+    if spec.draft is not None:
+        speculative = {
+            "method": "eagle3",
+            "model": str(spec.draft),
+            "num_speculative_tokens": spec.num_speculative_tokens,
+        }
+        command += ["--speculative-config", json.dumps(speculative)]
+    if kind == "cpu":
+        command += CPU_ARGUMENTS
+    return [*command, *spec.extra_args]
+
+
+def server_environment(spec: ServeSpec, target: Device | None = None) -> dict[str, str]:
+    """The whole environment of the server process: ours, vLLM's for this machine, and `spec.env` above all.
+
+    Checkpoints are local, so the hub is switched off; vLLM's usage report is too.
+    """
+    environment = dict(os.environ)
+    if (target or device()) == "cpu":
+        environment |= cpu_environment()
+    return environment | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"} | spec.env

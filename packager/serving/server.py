@@ -1,0 +1,215 @@
+"""Life cycle of one vLLM server: started in a process group of its own, awaited, watched, stopped whole."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+from packager.errors import RemoteFailure, UsageProblem
+from packager.serving import guard
+from packager.serving.engine import ServeSpec, server_environment, vllm_command
+
+_TAIL_LINES = 20
+_POLL_S = 0.1
+# A Python exception as vLLM logs it, with or without its process and level prefix.
+_EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception|Interrupt)): (.+)")
+# What the API server says after the engine has died: the cause stands above it.
+_AFTERMATH = (
+    "Engine core initialization failed",
+    "Failed core proc",
+    "EngineDeadError",
+    "WorkerProc initialization",
+)
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*?)(?:_total)?(?:\{(.*)\})? (\S+)$")
+_POSITION = re.compile(r'position="(\d+)"')
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _claim(host: str, port: int) -> None:
+    """Raise UsageProblem if `port` is taken. vLLM itself would not notice another vLLM: it sets SO_REUSEPORT."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as err:
+            raise UsageProblem(
+                f"cannot listen on {host}:{port}: {err.strerror}",
+                "Choose another port, or stop the program that holds this one.",
+            ) from None
+
+
+def log_cause(text: str) -> str | None:
+    """The exception that ended a server, picked out of its log: the last that is not merely its aftermath."""
+    found = None
+    for line in text.splitlines():
+        match = _EXCEPTION.search(line)
+        if match and not any(phrase in line for phrase in _AFTERMATH):
+            found = f"{match[1]}: {match[2]}".strip()
+    return found
+
+
+def parse_counters(exposition: str) -> dict[str, float]:
+    """Counters of a Prometheus text exposition, summed over labels, without the `_total` suffix.
+
+    A counter labelled by position (vLLM's accepted draft tokens) also appears once a position, as `name:POSITION`.
+    """
+    counters: set[str] = set()
+    sums: dict[str, float] = {}
+    for line in exposition.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(maxsplit=3)
+            if kind == "counter":
+                counters.add(name.removesuffix("_total"))
+        elif line and not line.startswith("#") and (sample := _SAMPLE.match(line)):
+            name, labels, value = sample[1], sample[2] or "", float(sample[3])
+            if name not in counters:
+                continue
+            sums[name] = sums.get(name, 0.0) + value
+            if position := _POSITION.search(labels):
+                key = f"{name}:{position[1]}"
+                sums[key] = sums.get(key, 0.0) + value
+    return sums
+
+
+class Server:
+    """A vLLM server for `spec`, a context manager; it is healthy when `__enter__` returns.
+
+    Raises (from start):
+        BadInput: model or draft is not a checkpoint directory.
+        UsageProblem: the port is in use.
+        RemoteFailure: the engine died or did not become healthy in time; the message ends with its log's tail.
+    """
+
+    def __init__(
+        self,
+        spec: ServeSpec,
+        log: Path,
+        *,
+        port: int | None = None,
+        host: str = "127.0.0.1",
+        startup_timeout_s: float = 300,
+    ) -> None:
+        self.spec = spec
+        self.log = log
+        self.host = host
+        self.port = port or 0
+        self.startup_timeout_s = startup_timeout_s
+        self.startup_s: float | None = None
+        """Seconds from launch to healthy."""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Base address, without `/v1`."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
+
+    def start(self) -> Server:
+        """Launch the server and wait until it is healthy."""
+        if self._process is not None:
+            return self
+        self.spec.check()
+        if self.port:
+            _claim(self.host, self.port)
+        else:
+            self.port = free_port(self.host)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = vllm_command(self.spec, host=self.host, port=self.port)
+        began = time.monotonic()
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", guard.__file__, *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(self.spec),
+                start_new_session=True,
+            )
+        atexit.register(self.stop)
+        try:
+            self._await_health(began + self.startup_timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+        self.startup_s = time.monotonic() - began
+        return self
+
+    def _await_health(self, deadline: float) -> None:
+        while True:
+            self.check_alive()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return
+            if time.monotonic() > deadline:
+                raise self._failure(f"the engine was not healthy after {self.startup_timeout_s:.0f} s")
+            time.sleep(_POLL_S)
+
+    def check_alive(self) -> None:
+        """Raise RemoteFailure, with the tail of the log, if the server has died."""
+        if self._process is None:
+            raise RemoteFailure("the server is not running")
+        code = self._process.poll()
+        if code is not None:
+            raise self._failure(f"the engine died with exit code {code}")
+
+    def _failure(self, what: str) -> RemoteFailure:
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        cause = log_cause(text)
+        tail = "\n".join("  | " + line for line in text.splitlines()[-_TAIL_LINES:])
+        message = f"{what} while serving {self.spec.model}" + (f": {cause}" if cause else "")
+        return RemoteFailure(f"{message}\n{tail}", f"The whole log is {self.log}.")
+
+    def wait(self) -> int:
+        """Block until the server ends by itself; its exit code."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """Stop the server and everything it started. Safe to call twice."""
+        process, self._process = self._process, None
+        atexit.unregister(self.stop)
+        if process is None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()  # the guard ends the server when this pipe closes
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=3 * guard.PATIENCE_S)
+        # Whatever is left of the group: an engine whose server died first, a guard that hangs.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's Prometheus counters now, see `parse_counters`; e.g. `vllm:spec_decode_num_drafts`."""
+        self.check_alive()
+        try:
+            with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
+                return parse_counters(reply.read().decode())
+        except (OSError, urllib.error.URLError) as err:
+            self.check_alive()
+            raise RemoteFailure(f"no metrics from {self.url}: {err}") from err
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
