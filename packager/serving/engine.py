@@ -49,8 +49,8 @@ def vllm_command(
     """The vLLM command line that serves `spec`, as an argument list.
 
     `target` None: for this machine. With `cuda` it is the published form, `vllm serve MODEL`. With `cpu` it
-    is `python -m …api_server`, because the `vllm` command of the CPU distribution fails at once (it asks for the
-    metadata of a distribution named vllm), plus the settings that make a processor start fast.
+    is `python -m …api_server`, because the `vllm` command of the CPU distribution fails at once (it asks for
+    the metadata of a distribution named vllm), plus the settings that make a processor start fast.
     """
     kind = target or device()
     if kind == "cpu":

@@ -44,7 +44,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def _claim(host: str, port: int) -> None:
-    """Raise UsageProblem if `port` is taken. vLLM itself would not notice another vLLM: it sets SO_REUSEPORT."""
+    """Raise UsageProblem if `port` is taken. vLLM would not notice another vLLM: it sets SO_REUSEPORT."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -69,7 +69,7 @@ def log_cause(text: str) -> str | None:
 def parse_counters(exposition: str) -> dict[str, float]:
     """Counters of a Prometheus text exposition, summed over labels, without the `_total` suffix.
 
-    A counter labelled by position (vLLM's accepted draft tokens) also appears once a position, as `name:POSITION`.
+    A counter labelled by position (vLLM's accepted draft tokens) also appears for each, as `name:POSITION`.
     """
     counters: set[str] = set()
     sums: dict[str, float] = {}
@@ -95,7 +95,7 @@ class Server:
     Raises (from start):
         BadInput: model or draft is not a checkpoint directory.
         UsageProblem: the port is in use.
-        RemoteFailure: the engine died or did not become healthy in time; the message ends with its log's tail.
+        RemoteFailure: the engine died or was not healthy in time; the message ends with the tail of its log.
     """
 
     def __init__(
