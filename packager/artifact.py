@@ -354,15 +354,16 @@ class ArtifactWriter:
         try:
             os.link(real, part)
         except OSError:
-            return self._copy(rel, real, sha256)
+            return self.copy(rel, real, sha256)
         # Between two names of one file rename does nothing, by POSIX: the old name must go first.
         target.unlink(missing_ok=True)
         part.replace(target)
         size = target.stat().st_size
         return self._record(FileEntry(path=rel, size=size, sha256=sha256 or file_sha256(target)))
 
-    def _copy(self, rel: str, source: Path, sha256: str | None) -> FileEntry:
-        with source.open("rb") as origin, self.create(rel) as handle:
+    def copy(self, rel: str, source: Path, sha256: str | None = None) -> FileEntry:
+        """Copy a file in. Raises IntegrityFailure if `sha256` is given and is not the hash of its bytes."""
+        with Path(source).open("rb") as origin, self.create(rel) as handle:
             while chunk := origin.read(_CHUNK):
                 handle.write(chunk)
             if sha256 is not None and handle.hexdigest() != sha256:

@@ -40,6 +40,14 @@ DTYPE_BYTES: dict[str, int] = {
 """Bytes an element; dtypes that are not here are refused."""
 
 
+def readable_bytes(count: int) -> str:
+    """A size for people: `1.29 GB`, `24.0 MB` (powers of ten)."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} bytes"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies."""

@@ -68,8 +68,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
             raise ValueError("a key occurs twice")
         return found
 
+    def finite(name: str) -> float:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        document = json.loads(text, object_pairs_hook=once)
+        document = json.loads(text, object_pairs_hook=once, parse_constant=finite)
     except (ValueError, RecursionError) as err:
         raise BadInput(f"{path} is not sound JSON: {err}") from None
     if not isinstance(document, dict):
@@ -279,8 +282,6 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
         "F8_E8M0": ml_dtypes.float8_e8m0fnu,
         "BOOL": np.bool_,
     }
-    if dtype in narrow:
-        return np.dtype(narrow[dtype])
-    kind = {"F": "f", "I": "i", "U": "u"}[dtype[0]]
-    found: np.dtype[Any] = np.dtype(f"<{kind}{int(dtype[1:]) // 8}")
+    name: Any = narrow.get(dtype) or f"<{dtype[0].lower()}{int(dtype[1:]) // 8}"
+    found: np.dtype[Any] = np.dtype(name)
     return found

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
-from packager.artifact import ArtifactWriter, FileEntry, HashingFile
+from packager.artifact import ArtifactWriter, FileEntry, HashingFile, is_sealed, read_manifest
 from packager.checkpoint.header import DTYPE_BYTES, build_header
 from packager.checkpoint.source import INDEX_NAME
 
@@ -84,3 +85,22 @@ def write_index(writer: ArtifactWriter, plans: Sequence[ShardPlan]) -> FileEntry
     return writer.write_json(
         INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )
+
+
+def carry_over(writer: ArtifactWriter, source: Path, names: Iterable[str]) -> None:
+    """Put unchanged files of the checkpoint `source` into the artifact.
+
+    Weights are linked, never copied. Small files are linked only where a manifest states their hash: their
+    owner may edit any other in place, and the edit would show in the sealed artifact.
+    """
+    manifest = read_manifest(source) if is_sealed(source) else None
+    for name in names:
+        if writer.done(name) is not None:
+            continue
+        entry = manifest.entry(name) if manifest else None
+        if entry is not None:
+            writer.link(name, source / name, entry.sha256)
+        elif name.endswith(".safetensors"):
+            writer.link(name, source / name, None)
+        else:
+            writer.copy(name, source / name)
