@@ -34,6 +34,9 @@ class SourceSpec(Spec):
     path: str | None = None
     repo: str | None = None
     revision: str | None = None
+    """The commit to release; a real run refuses a repository without one."""
+    shape: str | None = None
+    """config.json of the architecture, beside the recipe: a dry run computes from it what is not here yet."""
 
     @model_validator(mode="after")
     def _one_source(self) -> SourceSpec:
@@ -69,6 +72,8 @@ class DraftSpec(Spec):
     aux_layers: tuple[int, ...]
     """Target layers whose *inputs* feed the draft (layer j's input is the output of layer j-1)."""
     num_speculative_tokens: int = Field(default=3, ge=1)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    """Width of the draft layer's feed-forward; None: four times the hidden size."""
     prompts: int = Field(gt=0)
     """How many prompts get a response from the target."""
     prompts_file: str | None = None
@@ -76,6 +81,7 @@ class DraftSpec(Spec):
     max_response_tokens: int = Field(default=128, gt=0)
     steps: int = Field(gt=0)
     batch_tokens: int = Field(default=4096, gt=0)
+    """Padded tokens a training step, prompts included."""
     learning_rate: float = Field(default=1e-3, gt=0)
     ttt_steps: int = Field(default=3, ge=1)
     """Steps of training-time test: how often the draft is fed its own states while training."""

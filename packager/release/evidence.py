@@ -1,0 +1,267 @@
+"""Evidence: each variant of the model is served in turn, measured, and judged against the recipe's gates.
+
+Five servers, one after another, because two on one machine spoil each other's speed:
+
+    BF16 source                     accuracy
+    FP8                             accuracy; long records with the position limit lifted but no YaRN
+    FP8 + YaRN                      accuracy, greedy texts, long records, speed without the draft
+    FP8 + YaRN + draft              accuracy, greedy texts, acceptance, speed with the draft
+    dense baseline                  speed at the same answer lengths
+
+The position limit changes no rotation, so the second server also stands for FP8 at its own length. An answer
+once given is kept in `work/measurements`; a variant with nothing left to ask is not served at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packager.bailing.config import BailingConfig
+from packager.errors import BadInput
+from packager.recipe import GatesSpec, Recipe
+from packager.release.variants import Served, Variants
+from packager.release.workspace import Workspace
+
+if TYPE_CHECKING:
+    from validation.gates import Gate
+    from validation.identity import IdentityResult
+    from validation.longcontext import LongComparison, LongRun
+    from validation.tasks import AccuracyComparison, AccuracyRun, Item
+    from validation.throughput import ThroughputRun
+
+Say = Callable[[str], None]
+MULTIPLES = (1, 2, 4)
+"""Lengths of long records, as multiples of the trained length."""
+LONG_OUTPUT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked: items with known answers, long records, and the prompts that speed is measured on."""
+
+    items: Sequence[Item]
+    long: Sequence[Item]
+
+    def spread(self, count: int) -> list[Item]:
+        """`count` items evenly spread over the list, so that each task has its share."""
+        step = max(1, len(self.items) / max(1, count))
+        return [self.items[int(at * step)] for at in range(min(count, len(self.items)))]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured; None: not measured."""
+
+    accuracy: tuple[AccuracyRun, ...]
+    comparisons: tuple[AccuracyComparison, ...]
+    identity: IdentityResult | None
+    long: tuple[LongRun, ...]
+    long_comparison: LongComparison | None
+    without_draft: ThroughputRun
+    with_draft: ThroughputRun
+    dense: ThroughputRun | None
+
+
+def questions(recipe: Recipe, trained_length: int) -> Questions:
+    """The recipe's items: from its file, or the nano's own held-out language.
+
+    Raises:
+        BadInput: no items are named and the source is not the nano.
+        MeasurementError: the items file is malformed.
+    """
+    from validation.tasks import items_from, load_items
+
+    spec = recipe.validate_
+    if spec.items_file is not None:
+        items = load_items(Path(spec.items_file))
+        long = [item for item in items if "multiple" in item.meta]
+        return Questions([item for item in items if "multiple" not in item.meta], long)
+    if recipe.source.path is None or not recipe.source.path.startswith("package:"):
+        raise BadInput(
+            "the recipe names no items to validate with",
+            "Give validate.items_file: JSONL of {id, task, language, messages, answer, meta}.",
+        )
+    from packager.nano import language
+
+    longest = recipe.context.length // trained_length
+    rows = [
+        row
+        for multiple in MULTIPLES
+        if spec.long_items and multiple <= longest
+        for row in language.long_items(multiple, spec.long_items, spec.seed)
+    ]
+    items = items_from(language.heldout_items(spec.items_per_task, spec.seed))
+    return Questions(items, items_from(rows) if rows else [])
+
+
+def dense_baseline(recipe: Recipe, workspace: Workspace) -> Path | None:
+    """The dense checkpoint whose speed is compared; the nano's is made from its seed when needed."""
+    named = recipe.validate_.dense_baseline
+    if named is not None:
+        path = Path(named).expanduser()
+        if not path.is_dir():
+            raise BadInput(f"the dense baseline {named} is not a folder", "Correct validate.dense_baseline.")
+        return path
+    if recipe.source.path is None or not recipe.source.path.startswith("package:"):
+        return None
+    from packager.nano.dense import write_dense
+
+    out = workspace.work / "dense"
+    if not (out / "model.safetensors").is_file():
+        write_dense(out, recipe.validate_.seed)
+    return out
+
+
+def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) -> Measured:
+    """Serve and measure every variant; what was measured before is not measured again."""
+    from validation.bench_client import BenchClient
+    from validation.endpoint import Sampling
+    from validation.identity import collect_outputs, compare_outputs
+    from validation.longcontext import compare_long, measure_long
+    from validation.tasks import compare_accuracy, measure_accuracy
+    from validation.throughput import measure_throughput
+
+    spec = recipe.validate_
+    trained = BailingConfig.load(variants.source).max_position_embeddings
+    asked = questions(recipe, trained)
+    cache = workspace.work / "measurements"
+    sampling = Sampling(max_tokens=spec.max_output_tokens, seed=spec.seed)
+    long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
+    same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
+    margin = recipe.gates.max_accuracy_loss_points or 2.0
+
+    def accuracy(served: Served) -> AccuracyRun:
+        run = measure_accuracy(
+            served.url,
+            served.name,
+            asked.items,
+            subject=served.subject,
+            cache=cache,
+            label=served.label,
+            sampling=sampling,
+        )
+        say(f"  {served.label}: {run.overall.correct} of {run.overall.n} right")
+        return run
+
+    def long_records(served: Served, label: str) -> LongRun | None:
+        if not asked.long:
+            return None
+        return measure_long(
+            served.url,
+            served.name,
+            asked.long,
+            subject=served.subject,
+            cache=cache,
+            label=label,
+            trained_length=trained,
+            sampling=long_sampling,
+        )
+
+    with BenchClient() as bench:
+
+        def throughput(served: Served, match: ThroughputRun | None = None) -> ThroughputRun:
+            run = measure_throughput(
+                served.url,
+                served.name,
+                tokenizer=served.tokenizer,
+                prompts=speed,
+                concurrency=spec.concurrency,
+                output_tokens=spec.throughput_output_tokens,
+                subject=served.subject,
+                cache=cache,
+                label=served.label,
+                bench=bench,
+                match=match,
+                seed=spec.seed,
+            )
+            first = run.cells[0]
+            say(f"  {served.label}: {first.output_tokens_per_s:.0f} tokens/s at {first.concurrency}")
+            return run
+
+        with variants.bf16() as served:
+            bf16 = accuracy(served)
+        with variants.fp8(limit=recipe.context.length) as served:
+            fp8 = accuracy(served)
+            long_before = long_records(served, "FP8, no YaRN")
+        with variants.context() as served:
+            context = accuracy(served)
+            reference = collect_outputs(
+                served.url, served.name, same, subject=served.subject, cache=cache, label=served.label,
+                sampling=sampling,
+            )  # fmt: skip
+            long_after = long_records(served, "FP8, YaRN")
+            without_draft = throughput(served)
+        with variants.draft() as served:
+            drafted = accuracy(served)
+            candidate = collect_outputs(
+                served.url, served.name, same, subject=served.subject, cache=cache, label=served.label,
+                sampling=sampling,
+            )  # fmt: skip
+            with_draft = throughput(served)
+        dense_path = dense_baseline(recipe, workspace)
+        dense = None
+        if dense_path is not None:
+            with variants.dense(dense_path) as served:
+                dense = throughput(served, match=without_draft)
+
+    long = tuple(run for run in (long_before, long_after) if run is not None)
+    return Measured(
+        accuracy=(bf16, fp8, context, drafted),
+        comparisons=tuple(
+            compare_accuracy(bf16, run, margin_points=margin) for run in (fp8, context, drafted)
+        ),
+        identity=compare_outputs(reference, candidate) if same else None,
+        long=long,
+        long_comparison=compare_long(*long) if len(long) == 2 else None,
+        without_draft=without_draft,
+        with_draft=with_draft,
+        dense=dense,
+    )
+
+
+def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
+    """Each figure against its bound; a figure without a bound is reported, not gated."""
+    from validation.gates import at_least, at_most
+    from validation.throughput import compare_throughput
+
+    fp8 = found.comparisons[0].overall
+    single, drafted = found.without_draft.cells[0], found.with_draft.cells[0]
+    acceptance = drafted.acceptance.length if drafted.acceptance else None
+    identity = found.identity
+    speedup = compare_throughput(found.without_draft, found.with_draft)[0].ratio
+    to_dense = compare_throughput(found.dense, found.with_draft)[0].ratio if found.dense else None
+    at = f"at concurrency {single.concurrency}"
+    longest = found.long[1].longest_passing_tokens(spec.min_long_accuracy) if len(found.long) == 2 else None
+    unexplained = sum(not d.near_tie for d in identity.differences) if identity else None
+    return (
+        at_most(
+            "accuracy lost by FP8 against BF16",
+            -fp8.difference_points,
+            spec.max_accuracy_loss_points,
+            "points",
+            f"interval of the difference {fp8.low_points:+.1f} to {fp8.high_points:+.1f}; {fp8.verdict}",
+        ),
+        at_least(
+            "greedy outputs identical with and without the draft",
+            identity.identical_fraction if identity else None,
+            spec.min_identical_fraction,
+        ),
+        at_most(
+            "outputs that differ before any near tie",
+            unexplained,
+            None if spec.min_identical_fraction is None else 0,
+        ),
+        at_least(f"acceptance length {at}", acceptance, spec.min_acceptance_length, "tokens"),
+        at_least(f"speed with the draft over without {at}", speedup, spec.min_draft_speedup, "x"),
+        at_least(f"output speed {at}", drafted.output_tokens_per_s, spec.min_tokens_per_second, "tokens/s"),
+        at_least(f"speed over the dense baseline {at}", to_dense, spec.min_ratio_to_dense, "x"),
+        at_least(
+            f"longest record read at {spec.min_long_accuracy:.0%} or better",
+            longest,
+            spec.min_long_context_tokens,
+            "tokens",
+        ),
+    )

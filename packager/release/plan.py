@@ -1,0 +1,327 @@
+"""The dry run: what each stage of a recipe reads, writes and needs, computed from the architecture alone.
+
+Nothing is typed in: tensors, their shapes and dtypes follow from config.json, sizes from those. It needs no
+network, no torch and no weights.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from math import ceil, log2, prod
+from pathlib import Path
+from typing import Any
+
+from packager.bailing.config import BailingConfig
+from packager.bailing.layout import QUANTIZABLE, Role, count_parameters, expected_tensors
+from packager.checkpoint.source import read_json_object
+from packager.errors import BadInput
+from packager.quantize.dialects import scale_shape
+from packager.recipe import Recipe
+from packager.release.evidence import MULTIPLES
+from packager.release.workspace import packaged_checkpoint
+
+GB = 1e9
+CARD_BYTES = {
+    "h20": 96 * GB,
+    "h20-141": 141 * GB,
+    "h100": 80 * GB,
+    "h200": 141 * GB,
+    "a100": 80 * GB,
+}
+"""Memory of one card, as its vendor states it."""
+USABLE = 0.9
+"""Share of a card's memory that vLLM takes by default."""
+TORCH_BYTES = 0.4 * GB
+"""Resident size of a process that has imported torch."""
+COPY_BYTES = 1 << 26
+"""Piece in which tensors are copied."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that follow from the architecture and the recipe."""
+
+    parameters: int
+    active_parameters: int
+    source: int
+    fp8: int
+    draft: int
+    states: int
+    """Hidden states of the draft's training set at most: every response at its longest."""
+    kv_token: int
+    """KV cache of one token, BF16."""
+    largest_weight: int
+    """Largest tensor that is quantized, in BF16."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, before it runs."""
+
+    name: str
+    reads: int
+    """Bytes."""
+    writes: int
+    """Bytes; links count nothing."""
+    memory: int
+    """Peak bytes of main memory, about."""
+    cards: int
+    """Bytes of accelerator memory that what it serves or trains must have; 0: none."""
+    needs: tuple[str, ...]
+    missing: tuple[str, ...]
+    """Of the needs, what is not here."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The plan of a release and what this machine lacks for it."""
+
+    recipe: str
+    source: str
+    hardware: str
+    sizes: Sizes
+    stages: tuple[StagePlan, ...]
+    gates: tuple[tuple[str, float], ...]
+    peak_disk: int
+    """Bytes in the workspace at its fullest, the source in the hub cache included."""
+    missing: tuple[str, ...]
+    """What must be decided or brought before the recipe can run here; empty: it can."""
+
+    def document(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {"kind": "dry run", **asdict(self), "gates": dict(self.gates)}
+
+
+def sizes(config: BailingConfig, recipe: Recipe) -> Sizes:
+    """Sizes of every artifact, tensor by tensor from the layout."""
+    source = fp8 = largest = 0
+    for tensor in expected_tensors(config):
+        plain = tensor.count * (4 if tensor.role is Role.EXPERT_BIAS else 2)
+        source += plain
+        if tensor.role in QUANTIZABLE:
+            fp8 += tensor.count + 4 * prod(scale_shape((tensor.shape[0], tensor.shape[1])))
+            largest = max(largest, plain)
+        else:
+            fp8 += plain
+    hidden, draft, head = config.hidden_size, recipe.draft, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    weights = (
+        len(draft.aux_layers) * hidden * hidden  # fc
+        + 2 * hidden * (queries + 2 * keys)  # attention reads embedding and state side by side
+        + queries * hidden
+        + 3 * hidden * config.intermediate_size
+        + draft.vocab_size * hidden
+        + 4 * hidden  # norms
+    )
+    tokens = draft.prompts * draft.max_response_tokens
+    parameters = count_parameters(config)
+    return Sizes(
+        parameters=parameters.total,
+        active_parameters=parameters.active,
+        source=source,
+        fp8=fp8,
+        draft=2 * weights + 8 * draft.vocab_size + config.vocab_size,
+        states=tokens * (len(draft.aux_layers) + 1) * hidden * 2,
+        kv_token=2 * config.num_hidden_layers * config.num_key_value_heads * head * 2,
+        largest_weight=largest,
+    )
+
+
+def plan_release(recipe: Recipe, path: Path) -> DryRun:
+    """Plan a recipe read from `path` (its `source.shape` lies beside it).
+
+    Raises:
+        BadInput: neither the source nor a shape is here, or it is not a BailingMoeV2 configuration.
+    """
+    config, present = _configuration(recipe, path)
+    found = sizes(config, recipe)
+    cards = _cards(recipe.hardware)
+    return DryRun(
+        recipe=recipe.name,
+        source=recipe.source.path or f"{recipe.source.repo}@{recipe.source.revision or '(not pinned)'}",
+        hardware=recipe.hardware,
+        sizes=found,
+        stages=_stages(recipe, config, found, cards, present),
+        gates=tuple((name, bound) for name, bound in recipe.gates if bound is not None),
+        # At its fullest: source, FP8, states, and a rehearsal that uploads and downloads the bundle.
+        peak_disk=found.source + found.fp8 + found.draft + max(found.states, 2 * (found.fp8 + found.draft)),
+        missing=_undecided(recipe, config, present, found, cards),
+    )
+
+
+def _configuration(recipe: Recipe, path: Path) -> tuple[BailingConfig, bool]:
+    """The architecture, and whether the weights are here too."""
+    spec = recipe.source
+    if spec.path is not None:
+        directory = packaged_checkpoint(spec.path) or Path(spec.path).expanduser()
+        if directory.is_dir():
+            return BailingConfig.load(directory), True
+        if spec.shape is None:
+            raise BadInput(f"the recipe's source {spec.path} is not a folder", "Correct source.path.")
+    if spec.shape is None:
+        raise BadInput(
+            f"{spec.repo} is not here, so its sizes cannot be computed",
+            "Give source.shape: a config.json of the same architecture beside the recipe.",
+        )
+    shape = path.parent / spec.shape
+    return BailingConfig.parse(read_json_object(shape), str(shape)), False
+
+
+def _cards(hardware: str) -> tuple[int, float] | None:
+    """Number of cards and bytes of each from a name like `2xh20`; None for `cpu`."""
+    if hardware == "cpu":
+        return None
+    match = re.fullmatch(r"(\d+)x(.+)", hardware)
+    if match is None or match[2] not in CARD_BYTES:
+        raise BadInput(
+            f"hardware {hardware!r} is not known",
+            f"Give `cpu` or N x one of {', '.join(CARD_BYTES)}, for instance 2xh20.",
+        )
+    return int(match[1]), CARD_BYTES[match[2]]
+
+
+def _stages(
+    recipe: Recipe, config: BailingConfig, found: Sizes, cards: tuple[int, float] | None, present: bool
+) -> tuple[StagePlan, ...]:
+    bundle = found.fp8 + found.draft
+    context_kv = recipe.context.length * found.kv_token
+    served = found.fp8 + found.draft + context_kv
+    # A head in training: FP32 weights, gradients and two moments beside the BF16 embeddings of the target.
+    training = 16 * (found.draft // 2) + 2 * config.vocab_size * config.hidden_size
+    weights = () if present else ("the source weights",)
+    accelerated = cards is not None
+    engine = ("vLLM",)
+    gpus = (f"{recipe.hardware} ({cards[0] * cards[1] / GB:.0f} GB)",) if cards else ()
+
+    def stage(
+        name: str, reads: int, writes: int, memory: float, on_cards: int = 0, needs: tuple[str, ...] = ()
+    ) -> StagePlan:
+        return StagePlan(
+            name=name,
+            reads=reads,
+            writes=writes,
+            memory=int(memory),
+            cards=on_cards if accelerated else 0,
+            needs=needs,
+            missing=tuple(need for need in needs if not _here(need, present)),
+        )
+
+    return (
+        stage(
+            "quantize",
+            2 * found.source,  # once for the digest, once to convert
+            found.fp8,
+            TORCH_BYTES + 2.5 * found.largest_weight + COPY_BYTES,
+            needs=(*weights, "torch"),
+        ),
+        stage("extend-context", 0, 0, 0.1 * GB, needs=()),
+        stage(
+            "draft",
+            found.fp8 + 2 * found.states,
+            found.states + found.draft,
+            TORCH_BYTES + (0 if accelerated else served) + training,
+            found.fp8 + context_kv + training,
+            (*engine, *gpus),
+        ),
+        stage(
+            "validate",
+            found.source + 4 * found.fp8,
+            0,
+            TORCH_BYTES + (0 if accelerated else max(found.source, served)),
+            max(found.source, served),
+            (*weights, *engine, *gpus, *_questions(recipe)),
+        ),
+        stage("bundle", bundle, 0, 0.1 * GB, needs=()),
+        stage("publish", 3 * bundle, 2 * bundle, 0.3 * GB, needs=()),
+    )
+
+
+def _questions(recipe: Recipe) -> tuple[str, ...]:
+    needs = []
+    if not (recipe.source.path or "").startswith("package:"):
+        needs.append(f"items {recipe.validate_.items_file or '(validate.items_file is not filled)'}")
+        if recipe.validate_.dense_baseline is None and recipe.gates.min_ratio_to_dense is not None:
+            needs.append("a dense baseline (validate.dense_baseline is not filled)")
+    return tuple(needs)
+
+
+def _here(need: str, present: bool) -> bool:
+    if need == "the source weights":
+        return present
+    if need in ("torch", "vLLM"):
+        return find_spec(need.lower()) is not None
+    if need.startswith("items "):
+        return Path(need.removeprefix("items ")).is_file()
+    if need.startswith("a dense baseline"):
+        return False
+    return _gpu_here()
+
+
+def _gpu_here() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def _undecided(
+    recipe: Recipe,
+    config: BailingConfig,
+    present: bool,
+    found: Sizes,
+    cards: tuple[int, float] | None,
+) -> tuple[str, ...]:
+    """Every reason why a real run would stop or fail here, one sentence each."""
+    missing: list[str] = []
+    spec = recipe.source
+    nano = (spec.path or "").startswith("package:")
+    if not present:
+        missing.append(f"the weights: {found.source / GB:.0f} GB of {spec.repo or spec.path}")
+    if spec.repo is not None and spec.revision is None:
+        missing.append("source.revision: the commit to release is not pinned")
+    if recipe.bundle.license is None:
+        missing.append("bundle.license: not decided")
+    if not nano and recipe.draft.prompts_file is None:
+        missing.append("draft.prompts_file: prompts to train the draft on")
+    if not nano and recipe.validate_.items_file is None:
+        missing.append("validate.items_file: items to validate with")
+    if not nano and recipe.gates.min_ratio_to_dense is not None and recipe.validate_.dense_baseline is None:
+        missing.append("validate.dense_baseline: the gate min_ratio_to_dense has nothing to compare with")
+    if recipe.context.length % config.max_position_embeddings:
+        missing.append(
+            f"context.length: {recipe.context.length} is not a multiple of the trained length "
+            f"{config.max_position_embeddings}"
+        )
+    if cards is not None:
+        missing.extend(_card_trouble(found, recipe, cards))
+        if not _gpu_here():
+            missing.append(f"GPUs: the recipe is for {recipe.hardware}, this machine has none")
+    missing.extend(f"{name}: not installed" for name in ("torch", "vllm") if find_spec(name) is None)
+    free = shutil.disk_usage(Path.cwd()).free
+    needed = found.fp8 + found.states
+    if free < needed:
+        missing.append(f"disk: {free / GB:.0f} GB free here, FP8 weights and states take {needed / GB:.0f}")
+    return tuple(missing)
+
+
+def _card_trouble(found: Sizes, recipe: Recipe, cards: tuple[int, float]) -> list[str]:
+    count, each = cards
+    room = USABLE * count * each
+    served = found.fp8 + found.draft + recipe.context.length * found.kv_token
+    trouble = []
+    if served > room:
+        trouble.append(
+            f"cards: with one request of {recipe.context.length} tokens the release takes {served / GB:.0f} "
+            f"GB, {recipe.hardware} gives {room / GB:.0f}"
+        )
+    if found.source > room:
+        trouble.append(
+            f"cards for the BF16 reference: {found.source / GB:.0f} GB of weights need "
+            f"{2 ** ceil(log2(found.source / (USABLE * each)))} of these cards, the recipe has {count}"
+        )
+    return trouble
+
+
+def long_lengths(recipe: Recipe, trained: int) -> tuple[int, ...]:
+    """Lengths of the long records that the recipe measures, in tokens."""
+    return tuple(m * trained for m in MULTIPLES if m * trained <= recipe.context.length)

@@ -1,0 +1,169 @@
+"""The variants of a model that evidence is taken from, each served by vLLM when it is first asked something.
+
+On a CPU without AMX vLLM has no FP8 block kernel: there the FP8 weights are served dequantized to BF16, which
+keeps the rounding that quantization did and loses only the rounding of activations. Evidence says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.artifact import file_sha256, is_sealed, read_manifest
+from packager.recipe import Recipe
+from packager.release.workspace import Workspace
+
+if TYPE_CHECKING:
+    from packager.serving import Server, ServeSpec
+
+Say = Callable[[str], None]
+SERVED_NAME = "model"
+
+
+@dataclass
+class Served:
+    """One variant; its server starts at the first question, so that cached measurements start none."""
+
+    label: str
+    subject: str
+    """Digest of what is served, and how."""
+    tokenizer: Path
+    log: Path
+    spec: Callable[[], ServeSpec]
+    say: Say
+    name: str = SERVED_NAME
+    _server: Server | None = field(default=None, init=False)
+
+    def url(self) -> str:
+        """Base URL of the running server; starts it if need be."""
+        if self._server is None:
+            from packager.serving import Server
+
+            self.say(f"serving {self.label}")
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            server = Server(self.spec(), self.log)
+            server.start()
+            self._server = server
+        return self._server.url
+
+    def stop(self) -> None:
+        """Stop the server if it runs."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Makes the servers of one release. `fp8_native`: whether this machine has a kernel for FP8 blocks."""
+
+    recipe: Recipe
+    workspace: Workspace
+    source: Path
+    source_digest: str
+    fp8_native: bool
+    say: Say
+
+    @property
+    def weights_served(self) -> str:
+        """How FP8 artifacts are served here."""
+        return "native" if self.fp8_native else "dequantized"
+
+    def servable(self, artifact: Path) -> Path:
+        """The artifact itself, or a dequantized copy of it kept in `work/dequantized`."""
+        if self.fp8_native:
+            return artifact
+        from packager.quantize import dequantize
+
+        manifest = read_manifest(artifact)
+        out = self.workspace.work / "dequantized" / f"{artifact.name}-{manifest.digest[7:19]}"
+        if not is_sealed(out):
+            self.say(f"dequantizing {artifact.name} to serve it on this CPU")
+            dequantize(artifact, out)
+        return out
+
+    def bf16(self) -> contextlib.AbstractContextManager[Served]:
+        """The source as it came."""
+        return self._serve("BF16", self.source_digest, lambda: self._spec(self.source))
+
+    def fp8(self, limit: int) -> contextlib.AbstractContextManager[Served]:
+        """FP8 without YaRN; `limit` lifts the position limit, so that long prompts are taken at all."""
+        overrides = {"max_position_embeddings": limit}
+        return self._serve(
+            "FP8",
+            self._subject(self.workspace.fp8),
+            lambda: self._spec(
+                self.servable(self.workspace.fp8), max_model_len=limit, hf_overrides=overrides
+            ),
+        )
+
+    def context(self) -> contextlib.AbstractContextManager[Served]:
+        """FP8 with YaRN, no draft."""
+        return self._serve(
+            "FP8+YaRN",
+            self._subject(self.workspace.context),
+            lambda: self._spec(self.servable(self.workspace.context)),
+        )
+
+    def draft(self) -> contextlib.AbstractContextManager[Served]:
+        """FP8 with YaRN and the draft."""
+        tokens = self.recipe.draft.num_speculative_tokens
+        drafted = f"{read_manifest(self.workspace.draft).digest}x{tokens}"
+        return self._serve(
+            "FP8+YaRN+EAGLE3",
+            f"{self._subject(self.workspace.context)}+{drafted}",
+            lambda: self._spec(
+                self.servable(self.workspace.context),
+                draft=self.workspace.draft,
+                num_speculative_tokens=tokens,
+            ),
+        )
+
+    def dense(self, path: Path) -> contextlib.AbstractContextManager[Served]:
+        """The dense model whose speed is the baseline."""
+        shards = "".join(file_sha256(shard) for shard in sorted(path.glob("*.safetensors")))
+        digest = "sha256:" + hashlib.sha256(shards.encode()).hexdigest()
+        return self._serve("dense baseline", digest, lambda: self._spec(path), tokenizer=path)
+
+    def downloaded(self, bundle: Path) -> contextlib.AbstractContextManager[Served]:
+        """The bundle as it came back from the hub, with its own draft."""
+        return self._serve(
+            "the downloaded bundle",
+            self._subject(bundle),
+            lambda: self._spec(
+                self.servable(bundle),
+                draft=bundle / "draft",
+                num_speculative_tokens=self.recipe.draft.num_speculative_tokens,
+            ),
+        )
+
+    def _subject(self, artifact: Path) -> str:
+        digest = read_manifest(artifact).digest
+        return digest if self.fp8_native else f"{digest}:dequantized"
+
+    def _spec(self, model: Path, **settings: Any) -> ServeSpec:
+        from packager.serving import ServeSpec
+
+        return ServeSpec(model=model, served_name=SERVED_NAME, **settings)
+
+    @contextlib.contextmanager
+    def _serve(
+        self, label: str, subject: str, spec: Callable[[], ServeSpec], tokenizer: Path | None = None
+    ) -> Iterator[Served]:
+        name = "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-")
+        served = Served(
+            label=label,
+            subject=subject,
+            tokenizer=tokenizer or self.source,
+            log=self.workspace.work / "logs" / f"{name}.log",
+            spec=spec,
+            say=self.say,
+        )
+        try:
+            yield served
+        finally:
+            served.stop()
