@@ -51,6 +51,8 @@ _EXTRAS = {
     "tokenizers": "nano",
 }
 
+_CLOSED_PIPE = 128 + 13  # what a shell reports for SIGPIPE
+
 
 def module_of(verb: str) -> str:
     """The module that defines `verb`."""
@@ -173,12 +175,13 @@ def run(args: Sequence[str] | None = None) -> int:
             args=None if args is None else list(args), prog_name="packager", standalone_mode=False
         )
         sys.stdout.flush()
+    except SystemExit:
+        # Outside standalone mode click exits by itself only when the reader of our stdout went away.
+        return _CLOSED_PIPE
     except BrokenPipeError:
-        # The reader of our stdout went away; the interpreter would complain again at exit.
+        # The interpreter would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except SystemExit as err:
-        return err.code if isinstance(err.code, int) else 1
+        return _CLOSED_PIPE
     except BaseException as err:
         return _exit_code_of(err)
     return result if type(result) is int else 0
