@@ -1,0 +1,269 @@
+"""`packager draft`: an EAGLE3 head for a checkpoint, in steps that a release runs as one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from packager.errors import BadInput, UsageProblem
+from packager.recipe import DraftSpec, load_recipe
+
+if TYPE_CHECKING:
+    from packager.draft.prepare import DraftData
+
+_SPEC_FILE = "spec.json"
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
+def _progress(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _finish(as_json: bool, document: dict[str, Any], text: str) -> None:
+    click.echo(json.dumps(document, ensure_ascii=False) if as_json else text)
+
+
+def _load_spec(workdir: Path) -> DraftSpec:
+    path = workdir / _SPEC_FILE
+    if not path.exists():
+        raise BadInput(f"{workdir} was not prepared", "Run `packager draft prepare TARGET WORKDIR` first.")
+    return DraftSpec.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _prepared(target: Path, workdir: Path) -> DraftData:
+    from packager.draft.prepare import DraftData, target_digest
+
+    if not (workdir / "complete").exists():
+        raise BadInput(f"{workdir} holds no complete responses", "Run `packager draft prepare` to the end.")
+    return DraftData(workdir, target_digest(target))
+
+
+def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
+    if source is None:
+        from packager.nano import language
+
+        return language.prompts(count)
+    from packager.draft.prepare import read_prompts
+
+    try:
+        with source.open(encoding="utf-8") as lines:
+            return read_prompts(lines, str(source))
+    except FileNotFoundError:
+        raise BadInput(f"no prompts at {source}", "Give a JSONL file with one chat a line.") from None
+    except UnicodeDecodeError as err:
+        raise BadInput(f"{source} is not UTF-8: {err}") from None
+
+
+@click.group(name="draft")
+def command() -> None:
+    """Prepare, train, evaluate and export an EAGLE3 head for a BailingMoeV2 checkpoint."""
+
+
+@command.command("prepare")
+@click.argument("target", type=_DIRECTORY)
+@click.argument("workdir", type=_DIRECTORY)
+@click.option("--recipe", type=_FILE, help="Take the draft section of a release recipe; options override it.")
+@click.option(
+    "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it the nano's own language."
+)
+@click.option("--count", type=click.IntRange(min=1), help="How many prompts get a response.")
+@click.option("--vocab-size", type=click.IntRange(min=1), help="Draft vocabulary.")
+@click.option("--aux-layers", metavar="J,J,J", help="Layers whose inputs feed the draft.")
+@click.option("--max-response-tokens", type=click.IntRange(min=2))
+@_as_json
+def prepare_command(
+    target: Path,
+    workdir: Path,
+    recipe: Path | None,
+    source: Path | None,
+    count: int | None,
+    vocab_size: int | None,
+    aux_layers: str | None,
+    max_response_tokens: int | None,
+    as_json: bool,
+) -> None:
+    """Generate responses with TARGET served by vLLM and keep its hidden states in WORKDIR.
+
+    Interrupted, the same command goes on where it was.
+    """
+    from packager.draft.prepare import prepare
+    from packager.draft.stage import response_vocabulary
+    from packager.draft.vocabulary import coverage
+
+    given: dict[str, Any] = load_recipe(recipe).draft.model_dump() if recipe else {}
+    if aux_layers is not None:
+        try:
+            given["aux_layers"] = tuple(int(part) for part in aux_layers.split(","))
+        except ValueError:
+            raise UsageProblem(
+                f"--aux-layers {aux_layers!r} is not a list of numbers such as 1,2,3"
+            ) from None
+    for key, value in (
+        ("vocab_size", vocab_size),
+        ("prompts", count),
+        ("max_response_tokens", max_response_tokens),
+    ):
+        if value is not None:
+            given[key] = value
+    if source is None and given.get("prompts_file"):
+        source = Path(given["prompts_file"])
+    given.setdefault("prompts", 600)
+    given.setdefault("steps", 400)
+    if missing := [key for key in ("vocab_size", "aux_layers") if key not in given]:
+        raise UsageProblem(
+            f"--{missing[0].replace('_', '-')} is missing", "Give it, or a recipe that has it with --recipe."
+        )
+    spec = DraftSpec(**given)
+    data = prepare(target, spec, _prompts(source, spec.prompts), workdir, _progress)
+    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    records = data.records()
+    from packager.checkpoint.source import Checkpoint
+
+    vocabulary = response_vocabulary(data, spec, Checkpoint.open(target).config()["vocab_size"])
+    covered = {key: coverage(records, vocabulary, key) for key in ("language", "task")}
+    document = {
+        "responses": len(records),
+        "response_tokens": sum(len(record["response_ids"]) for record in records),
+        "draft_vocabulary": spec.vocab_size,
+        "coverage": covered,
+    }
+    lines = [f"{document['responses']} responses, {document['response_tokens']} tokens in {workdir}"]
+    lines += [
+        f"{spec.vocab_size} draft tokens cover {share:.2%} of the responses in {name}"
+        for name, share in covered["language"].items()
+    ]
+    _finish(as_json, document, "\n".join(lines))
+
+
+@command.command("train")
+@click.argument("target", type=_DIRECTORY)
+@click.argument("workdir", type=_DIRECTORY)
+@click.option("--steps", type=click.IntRange(min=1))
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Padded tokens a step.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True))
+@click.option("--ttt-steps", type=click.IntRange(min=1), help="Steps of training-time test.")
+@click.option("--intermediate-size", type=click.IntRange(min=1))
+@click.option("--seed", type=int)
+@_as_json
+def train_command(target: Path, workdir: Path, as_json: bool, **options: Any) -> None:
+    """Train a head on what `prepare` left in WORKDIR. Interrupted, the same command goes on where it was."""
+    from packager.draft.stage import train
+
+    given = {key: value for key, value in options.items() if value is not None}
+    spec = DraftSpec(**(_load_spec(workdir).model_dump() | given))
+    data = _prepared(target, workdir)
+    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    trained = train(target, spec, data, _progress)
+    predicted = trained.metrics["predicted_acceptance"]
+    _finish(
+        as_json,
+        trained.metrics,
+        f"predicted acceptance length on held-out prompts: {predicted['length'] or 'not measured'}",
+    )
+
+
+@command.command("export")
+@click.argument("target", type=_DIRECTORY)
+@click.argument("workdir", type=_DIRECTORY)
+@click.argument("out", type=_DIRECTORY)
+@_as_json
+def export_command(target: Path, workdir: Path, out: Path, as_json: bool) -> None:
+    """Write the trained head of WORKDIR to OUT as one checkpoint for vLLM and SGLang."""
+    from packager.draft.prepare import target_digest
+    from packager.draft.stage import TRAINING_STATE, export, train
+
+    if not (workdir / TRAINING_STATE).exists():
+        raise BadInput(f"{workdir} holds no trained head", "Run `packager draft train` first.")
+    spec = _load_spec(workdir)
+    trained = train(
+        target, spec, _prepared(target, workdir), _progress
+    )  # reads the checkpoint, finishes the rest
+    manifest = export(
+        out, trained, target, recipe_digest=spec.digest, inputs={"target": target_digest(target)}
+    )
+    _finish(
+        as_json,
+        {"draft": str(out), "digest": manifest.digest, **manifest.metrics},
+        f"{out}  {manifest.digest}",
+    )
+
+
+@command.command("evaluate")
+@click.argument("target", type=_DIRECTORY)
+@click.argument("draft", type=_DIRECTORY)
+@click.option(
+    "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it held-out nano items."
+)
+@click.option("--count", type=click.IntRange(min=1), default=60, show_default=True)
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=3, show_default=True, help="Draft tokens a step (K)."
+)
+@click.option("--max-response-tokens", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--check-only", is_flag=True, help="Check the files; serve nothing.")
+@_as_json
+def evaluate_command(
+    target: Path,
+    draft: Path,
+    source: Path | None,
+    count: int,
+    tokens: int,
+    max_response_tokens: int,
+    concurrency: int,
+    check_only: bool,
+    as_json: bool,
+) -> None:
+    """Check DRAFT, ours or somebody else's, and measure its acceptance on TARGET served by vLLM."""
+    from packager.checkpoint.source import Checkpoint
+    from packager.draft.validator import validate_draft
+
+    problems = validate_draft(draft, Checkpoint.open(target).config())
+    for problem in problems:
+        _progress(f"problem: {problem}")
+    if check_only:
+        _finish(as_json, {"problems": problems}, f"{len(problems)} problems in {draft}")
+        if problems:
+            sys.exit(BadInput.exit_code)
+        return
+
+    from packager.draft.acceptance import evaluate
+    from packager.serving import Server, ServeSpec
+
+    if source is None:
+        from packager.nano import language
+
+        prompts: list[dict[str, Any]] = language.heldout_items(-(-count // len(language.TASKS)))
+    else:
+        prompts = _prompts(source, count)
+    log = Path(tempfile.mkdtemp(prefix="draft-evaluate-")) / "server.log"
+    serve = ServeSpec(target, draft=draft, num_speculative_tokens=tokens)
+    with Server(serve, log) as server:
+        found = evaluate(
+            server.url,
+            serve.served_name,
+            server.metrics,
+            prompts[:count],
+            max_tokens=max_response_tokens,
+            concurrency=concurrency,
+        )
+    rates = " ".join(f"{rate:.3f}" for rate in found.total.per_position)
+    lines = [f"acceptance length {found.total.length:.2f} with {tokens} draft tokens (by position: {rates})"]
+    for kind, reports in (("task", found.by_task), ("language", found.by_language)):
+        lines += [f"  {kind} {name}: {report.length:.2f}" for name, report in reports.items()]
+    _finish(
+        as_json,
+        {
+            "num_speculative_tokens": tokens,
+            "concurrency": concurrency,
+            "problems": problems,
+            **found.as_dict(),
+        },
+        "\n".join(lines),
+    )

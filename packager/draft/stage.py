@@ -1,0 +1,181 @@
+"""The draft stage: prepare, train, export, each resumable from the work directory; and the same as single
+steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packager.artifact import ArtifactWriter, Manifest
+from packager.checkpoint.source import Checkpoint
+from packager.draft.config import draft_config
+from packager.draft.export import write_draft
+from packager.draft.prepare import DraftData, prepare, target_digest
+from packager.draft.vocabulary import VocabularyMap, choose_vocabulary, count_tokens, coverage
+from packager.errors import BadInput
+from packager.recipe import DraftSpec
+
+if TYPE_CHECKING:
+    from packager.draft.train import Accepted, Target, Trainer
+
+STAGE = "draft"
+TRAINING_STATE = "training_state.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedDraft:
+    """A finished training run."""
+
+    trainer: Trainer
+    vocabulary: VocabularyMap
+    predicted: Accepted
+    """Teacher-forced acceptance on held-out prompts."""
+    metrics: dict[str, Any]
+    """What the manifest says about it; no times."""
+
+
+def response_vocabulary(data: DraftData, spec: DraftSpec, target_size: int) -> VocabularyMap:
+    """The draft vocabulary from the token counts of the prepared responses."""
+    counts = count_tokens(record["response_ids"] for record in data.records())
+    return choose_vocabulary(counts, spec.vocab_size, target_size)
+
+
+def _target_weights(target: Path, vocabulary: VocabularyMap, eps: float) -> Target:
+    import torch
+
+    from packager.draft.train import Target
+
+    checkpoint = Checkpoint.open(target)
+
+    def read(name: str) -> Any:
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            raise BadInput(f"{target} has no tensor {name}", "Give a BailingMoeV2 checkpoint.")
+        if info.dtype not in ("BF16", "F16", "F32"):
+            raise BadInput(
+                f"{name} of {target} is {info.dtype}; embeddings, norm and head must not be quantized"
+            )
+        return reader.array(info).astype("float32")
+
+    with checkpoint.reader() as reader:
+        rows = read("lm_head.weight")[list(vocabulary.target_ids)]
+        return Target(
+            torch.from_numpy(read("model.word_embeddings.weight")),
+            torch.from_numpy(rows),
+            torch.from_numpy(read("model.norm.weight")),
+            eps,
+        )
+
+
+@contextmanager
+def _reproducible_torch() -> Iterator[None]:
+    """All cores, deterministic kernels; the process's own settings come back afterwards."""
+    import os
+
+    import torch
+
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def train(target: Path, spec: DraftSpec, data: DraftData, progress: Callable[[str], None]) -> TrainedDraft:
+    """Train a head for `target` on prepared data, continuing an interrupted run of the same settings.
+
+    Raises:
+        BadInput: the data is missing, damaged or was taken from another target; the loss diverged.
+    """
+    from packager.draft.states import held_out, samples
+    from packager.draft.train import Trainer
+
+    if data.target != target_digest(target):
+        raise BadInput(
+            "the target is not the one the hidden states were taken from",
+            "Run `packager draft prepare` again.",
+        )
+    records = data.records()
+    config = Checkpoint.open(target).config()
+    vocabulary = response_vocabulary(data, spec, config["vocab_size"])
+    covered = {key: coverage(records, vocabulary, key) for key in ("language", "task")}
+    for name, share in covered["language"].items():
+        progress(f"draft: {spec.vocab_size} tokens cover {share:.1%} of the responses in {name}")
+    with _reproducible_torch():
+        weights = _target_weights(target, vocabulary, config.get("rms_norm_eps", 1e-6))
+        trainer = Trainer(
+            draft_config(config, spec), weights, vocabulary, spec, data.workdir / TRAINING_STATE
+        )
+        sides: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for record in records:
+            sides[held_out(record["id"])].append(record)
+        training, held = samples(sides[False], data.states), samples(sides[True], data.states)
+        progress(f"draft: training on {len(training)} responses, {len(held)} held out")
+        predicted = trainer.run(training, held, progress)
+    if predicted.drafts:
+        rates = " ".join(f"{rate:.3f}" for rate in predicted.per_position)
+        progress(f"draft: predicted acceptance length {predicted.length:.2f} on held-out prompts ({rates})")
+    metrics = {
+        "samples": {"training": len(training), "held_out": len(held)},
+        "response_tokens": sum(len(record["response_ids"]) for record in records),
+        "coverage": covered,
+        "steps": spec.steps,
+        "parameters": sum(parameter.numel() for parameter in trainer.head.parameters()),
+        "bf16_matmul": trainer.bf16,
+        "predicted_acceptance": {
+            "length": round(predicted.length, 4) if predicted.drafts else None,
+            "per_position": [round(rate, 4) for rate in predicted.per_position],
+            "drafts": predicted.drafts,
+            "kind": "teacher-forced, held-out prompts",
+        },
+    }
+    return TrainedDraft(trainer, vocabulary, predicted, metrics)
+
+
+def export(
+    out: Path, trained: TrainedDraft, target: Path, *, recipe_digest: str, inputs: Mapping[str, str]
+) -> Manifest:
+    """Seal a trained draft as an artifact in `out`.
+
+    Raises:
+        BadInput: `out` is taken, or the export does not pass the validator.
+    """
+    tools = {name: metadata.version(name) for name in ("torch", "safetensors")}
+    with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=dict(inputs)) as writer:
+        write_draft(writer, trained.trainer.head, trained.vocabulary, Checkpoint.open(target).config())
+        writer.write_json("training.json", trained.trainer.settings())
+        return writer.seal(trained.metrics, tools)
+
+
+def build(
+    target: Path,
+    out: Path,
+    spec: DraftSpec,
+    prompts: Sequence[Mapping[str, Any]],
+    *,
+    recipe_digest: str,
+    inputs: Mapping[str, str],
+    workdir: Path,
+    progress: Callable[[str], None],
+    engine: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """The whole stage: prepare, train, export; after a kill it continues where it was.
+
+    Args:
+        target: the checkpoint to serve: the context artifact, or its dequantized copy where FP8 does not run.
+        out: directory of the sealed draft.
+        prompts: mappings with `id`, `messages`, `task`, `language`.
+        inputs: digests that the manifest names.
+        workdir: responses, hidden states and the training checkpoint; of no use once `out` is sealed.
+        engine: further arguments of `vllm.LLM` for the run that generates responses.
+    """
+    data = prepare(target, spec, prompts, workdir, progress, engine=engine)
+    trained = train(target, spec, data, progress)
+    return export(out, trained, target, recipe_digest=recipe_digest, inputs=inputs)

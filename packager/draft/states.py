@@ -1,0 +1,123 @@
+"""Captured responses and states on disk, read back as training batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from packager.draft.head import DraftBatch
+from packager.errors import BadInput
+
+HELD_OUT_SHARE = 0.06
+"""Share of prompts kept out of training, chosen by a hash of their id."""
+
+
+def held_out(prompt_id: str) -> bool:
+    """Whether a prompt belongs to the held-out side; the same in every run and on every machine."""
+    return int(sha256(prompt_id.encode()).hexdigest()[:8], 16) / 2**32 < HELD_OUT_SHARE
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its response, and where the states lie."""
+
+    path: Path
+    prompt: int
+    """Prompt tokens."""
+    ids: tuple[int, ...]
+    """Prompt and response tokens."""
+
+    @property
+    def queries(self) -> int:
+        """Positions that carry loss at step 0."""
+        return len(self.ids) - self.prompt - 1
+
+
+def samples(records: Sequence[dict[str, Any]], directory: Path) -> list[Sample]:
+    """The records that have something to learn from: two response tokens or more."""
+    found = [
+        Sample(
+            directory / record["states"],
+            len(record["prompt_ids"]),
+            (*record["prompt_ids"], *record["response_ids"]),
+        )
+        for record in records
+    ]
+    return [sample for sample in found if sample.queries >= 1]
+
+
+def load_states(sample: Sample, aux: int, hidden: int) -> tuple[Tensor, Tensor]:
+    """(aux states `[tokens - 1, aux * hidden]`, last states `[tokens - 1, hidden]`) in the captured dtype.
+
+    Raises:
+        BadInput: the file is missing, torn, of another shape, or belongs to other tokens.
+    """
+    try:
+        with safe_open(sample.path, framework="pt") as handle:
+            states, tokens = handle.get_tensor("hidden_states"), handle.get_tensor("token_ids")
+    except (OSError, SafetensorError) as err:
+        raise BadInput(
+            f"cannot read the hidden states {sample.path}: {err}", "Prepare the draft data again."
+        ) from None
+    expected = (len(sample.ids) - 1, aux + 1, hidden)
+    if tuple(states.shape) != expected:
+        raise BadInput(f"{sample.path} holds states of shape {tuple(states.shape)}, expected {expected}")
+    if tokens.tolist() != list(sample.ids[:-1]):
+        raise BadInput(f"{sample.path} holds the states of other tokens", "Prepare the draft data again.")
+    return states[:, :aux].flatten(1), states[:, aux]
+
+
+def collate(group: Sequence[Sample], *, aux: int, hidden: int, steps: int) -> DraftBatch:
+    """Read and pad a group of samples. Lengths are rounded up to 16, so that matrix shapes repeat."""
+    length = _round_up(max(len(s.ids) for s in group) - 2)
+    queries = _round_up(max(s.queries for s in group))
+    batch = DraftBatch(
+        keys=torch.zeros(len(group), length, dtype=torch.long),
+        states=torch.zeros(len(group), length, aux * hidden, dtype=torch.bfloat16),
+        first=torch.tensor([s.prompt - 1 for s in group]),
+        query_count=torch.tensor([s.queries for s in group]),
+        tokens=torch.zeros(len(group), queries + steps, dtype=torch.long),
+        last=torch.zeros(len(group), queries + steps, hidden, dtype=torch.bfloat16),
+    )
+    for row, sample in enumerate(group):
+        fused, last = load_states(sample, aux, hidden)
+        count = len(sample.ids) - 2
+        batch.keys[row, :count] = torch.tensor(sample.ids[1:-1])
+        batch.states[row, :count] = fused[:count]
+        response = torch.tensor(sample.ids[sample.prompt :])
+        batch.tokens[row, : len(response)] = response
+        # Column c predicts response token c + 1, so it is the state at position prompt + c.
+        batch.last[row, : len(response) - 1] = last[sample.prompt :]
+    return batch
+
+
+def _round_up(value: int) -> int:
+    return -(-value // 16) * 16
+
+
+def schedule(found: Sequence[Sample], batch_tokens: int, seed: int) -> Iterator[list[Sample]]:
+    """Endless batches of similar length, at most `batch_tokens` padded tokens each (at least one sample).
+
+    The stream is a pure function of its arguments, so a resumed run skips to where it was.
+    """
+    epoch = 0
+    while True:
+        rng = random.Random(f"{seed}|{epoch}")
+        order = sorted(found, key=lambda s: (len(s.ids) // 32, rng.random()))
+        groups: list[list[Sample]] = [[]]
+        for sample in order:
+            longest = max(len(sample.ids), *(len(s.ids) for s in groups[-1]), 0)
+            if groups[-1] and longest * (len(groups[-1]) + 1) > batch_tokens:
+                groups.append([])
+            groups[-1].append(sample)
+        rng.shuffle(groups)
+        yield from groups
+        epoch += 1
