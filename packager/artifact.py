@@ -122,7 +122,7 @@ def writing(path: Path) -> Iterator[None]:
                 f"the disk is full: cannot write {path}",
                 "Free space and run the same command again: finished files are kept.",
             ) from err
-        if err.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if err.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
             raise BadInput(
                 f"cannot write {path}: {os.strerror(err.errno)}", "Choose a directory that you may write to."
             ) from err

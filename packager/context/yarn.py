@@ -1,9 +1,9 @@
 """YaRN (arXiv 2309.00071) as a patch of config.json, and the rotary frequencies that the patch means.
 
-The patch writes what every reader looks for: transformers 5 takes `rope_parameters` and, where both are there,
-ignores `rope_scaling`; older ones and SGLang take `rope_scaling`; `type` is the older spelling of `rope_type`,
-and engines refuse a pair that disagrees. vLLM no longer derives the scaled length: it has to be in
-`max_position_embeddings`, and exactly, since positions beyond the rotary table go wrong without an error.
+The patch writes what every reader looks for: transformers 5 takes `rope_parameters` and, where both are
+there, ignores `rope_scaling`; older ones and SGLang take `rope_scaling`; `type` is the older spelling of
+`rope_type`, and engines refuse a pair that disagrees. vLLM no longer derives the scaled length: it has to be
+in `max_position_embeddings`, and exactly, since positions beyond the rotary table go wrong without an error.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def yarn_patch(config: dict[str, Any], length: int) -> dict[str, Any]:
         length: tokens; a multiple of the trained length.
 
     Raises:
-        BadInput: a length that is no larger multiple, a config that is scaled already, or rotary settings that
-            are missing or contradict each other.
+        BadInput: a length that is no larger multiple, a config that is scaled already, or rotary settings
+            that are missing or contradict each other.
     """
     for name in ("rope_scaling", "rope_parameters"):
         _refuse_scaled(config.get(name), name)

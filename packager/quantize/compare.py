@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packager.artifact import check, is_sealed
 from packager.quantize.fidelity import TensorFidelity, by_role, decibels
 from packager.quantize.quantized import WeightCheckpoint
 
@@ -51,9 +52,13 @@ def diff(first: Path, second: Path) -> Comparison:
 
     Raises:
         BadInput: one of them is not a sound BailingMoeV2 checkpoint, or has an unknown quantization.
+        IntegrityFailure: one of them is a sealed artifact that was altered.
     """
     import numpy as np
 
+    for path in (first, second):
+        if is_sealed(path):
+            check(path)
     a, b = WeightCheckpoint.open(Path(first)), WeightCheckpoint.open(Path(second))
     names_b = {want.name: want for want in b.layout}
     names_a = {want.name for want in a.layout}

@@ -1,0 +1,40 @@
+"""`packager extend-context`: a longer context through YaRN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command(name="extend-context")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--length",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Tokens to serve; a multiple of the trained length.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(source: str, out: Path, length: int, as_json: bool) -> None:
+    """Write the checkpoint SOURCE into the new folder OUT, configured for LENGTH tokens.
+
+    The weights are linked, not copied; config.json and tokenizer_config.json are rewritten.
+    """
+    from packager.checkpoint.source import locate
+    from packager.context import extend
+    from packager.recipe import ContextSpec
+
+    spec = ContextSpec(length=length)
+    manifest = extend(locate(source), out, spec, recipe_digest=spec.digest)
+    if as_json:
+        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
+        return
+    found = manifest.metrics
+    click.echo(
+        f"{found['original_length']:,} -> {found['length']:,} tokens: YaRN factor {found['factor']:g}, "
+        f"mscale {found['mscale']:.4f}, ramp over pairs {found['ramp'][0]} to {found['ramp'][1]} "
+        f"of {found['rotary_dim'] // 2}\n{out}  {manifest.digest}"
+    )
