@@ -1,0 +1,131 @@
+"""An OpenAI-compatible chat server on loopback that answers by a rule and can misbehave on purpose."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Token = tuple[str, float, list[tuple[str, float]]]
+"""A token, its log-probability, and the listed alternatives."""
+
+
+class LoopbackChat:
+    """Context manager. `answer` maps the last message to text, or to a list of tokens.
+
+    `faults` is consulted for each request with (message, how often it was asked before) and may return an HTTP
+    status, "disconnect", "rubbish", or a number of seconds to wait; None means no fault.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[str], str | list[Token]],
+        faults: Callable[[str, int], int | float | str | None] = lambda message, before: None,
+        *,
+        model: str = "model",
+        max_characters: int | None = None,
+    ) -> None:
+        self.answer, self.faults, self.model, self.max_characters = answer, faults, model, max_characters
+        self.asked: Counter[str] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.busy = self.most_busy = 0
+        self._lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._send(200, {"data": [{"id": owner.model}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with owner._lock:
+                    owner.busy += 1
+                    owner.most_busy = max(owner.most_busy, owner.busy)
+                try:
+                    owner._serve(self, body)
+                finally:
+                    with owner._lock:
+                        owner.busy -= 1
+
+            def _send(self, status: int, value: Any) -> None:
+                data = value if isinstance(value, bytes) else json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> LoopbackChat:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _serve(self, handler: Any, body: dict[str, Any]) -> None:
+        message = body["messages"][-1]["content"]
+        with self._lock:
+            before = self.asked[message]
+            self.asked[message] += 1
+            self.bodies.append(body)
+        fault = self.faults(message, before)
+        if isinstance(fault, float):
+            time.sleep(fault)
+        elif isinstance(fault, int):
+            handler._send(fault, {"error": {"message": "on purpose"}})
+            return
+        elif fault == "disconnect":
+            handler.close_connection = True
+            handler.connection.close()
+            return
+        elif fault == "rubbish":
+            handler._send(200, b"<html>not json</html>")
+            return
+        if body["model"] != self.model:
+            handler._send(404, {"error": {"message": "no such model"}})
+            return
+        if self.max_characters is not None and len(message) > self.max_characters:
+            handler._send(400, {"error": {"message": "longer than the model's maximum context length"}})
+            return
+        said = self.answer(message)
+        tokens = [(w, -0.01, [(w, -0.01)]) for w in said.split(" ")] if isinstance(said, str) else said
+        text = said if isinstance(said, str) else "".join(t for t, _, _ in tokens)
+        if body.get("stream"):
+            self._stream(handler, tokens)
+            return
+        choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        if body.get("logprobs"):
+            choice["logprobs"] = {
+                "content": [
+                    {"token": t, "logprob": p, "top_logprobs": [{"token": a, "logprob": q} for a, q in top]}
+                    for t, p, top in tokens
+                ]
+            }
+        usage = {"prompt_tokens": len(message), "completion_tokens": len(tokens)}
+        handler._send(200, {"choices": [choice], "usage": usage})
+
+    def _stream(self, handler: Any, tokens: list[Token]) -> None:
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        pieces: list[dict[str, Any]] = [{"choices": [{"delta": {"content": t}}]} for t, _, _ in tokens]
+        pieces.append({"choices": [], "usage": {"completion_tokens": len(tokens)}})
+        for piece in pieces:
+            handler.wfile.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
+            handler.wfile.flush()
+            time.sleep(0.001)
+        handler.wfile.write(b"data: [DONE]\n\n")
+        handler.close_connection = True
