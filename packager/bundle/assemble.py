@@ -1,0 +1,163 @@
+"""Assembly: sealed stages become one directory that is a Hugging Face model repository, sealed and signed.
+
+<top>        weights, config, tokenizer, chat template: the files of the context stage, linked
+draft/       the EAGLE3 draft
+evidence/    the validation report
+bundle.lock  the chain of digests, with every manifest
+serve.yaml   how to serve it
+README.md    the model card
+model.sig    the signature; it covers all of the above and the manifest, and is written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from packager.artifact import (
+    MANIFEST_NAME,
+    ArtifactWriter,
+    FileEntry,
+    Manifest,
+    check,
+    is_sealed,
+    read_manifest,
+)
+from packager.bundle.card import license_note, model_card
+from packager.bundle.contents import TOLERATED, path_problem
+from packager.bundle.lock import LOCK_NAME, Lock, build_lock
+from packager.bundle.serve_profiles import serve_yaml
+from packager.bundle.signature import SIGNATURE_NAME, open_signature, private_fingerprint, sign
+from packager.errors import BadInput
+from packager.recipe import Recipe
+
+STAGE = "bundle"
+
+
+def assemble(
+    out: Path,
+    *,
+    recipe: Recipe,
+    recipe_digest: str,
+    fp8: Path,
+    context: Path,
+    draft: Path | None,
+    evidence: Path,
+    signing_key: Path | None,
+    passphrase: str | None = None,
+    override: str | None = None,
+    progress: Callable[[str], None],
+) -> Manifest:
+    """Make (or finish, or find finished) the bundle `out`; no weight byte is read or copied.
+
+    Args:
+        recipe_digest: recorded in the manifest.
+        signing_key: P-256 private key (PEM); None: the bundle stays unsigned, and publishing refuses it.
+        override: why it is to be published although a gate failed or was not measured; the card shows it.
+
+    Raises:
+        BadInput: a stage is not sealed, the stages do not belong together, `out` holds something else, or the
+            key cannot be used.
+        IntegrityFailure: a finished `out` was altered.
+    """
+    folders = {"fp8": fp8, "context": context, "evidence": evidence} | ({"draft": draft} if draft else {})
+    lock = build_lock(recipe, folders, override)
+    fingerprint = private_fingerprint(signing_key, passphrase=passphrase) if signing_key else None
+    inputs = {name: stage.digest for name, stage in lock.stages.items()}
+    if fingerprint:
+        inputs["signer"] = f"sha256:{fingerprint}"
+    if override:
+        inputs["override"] = "sha256:" + hashlib.sha256(override.encode()).hexdigest()
+    manifest = _found(out, recipe_digest, inputs)
+    if manifest is None:
+        progress(f"assembling {out}")
+        manifest = _assemble(out, recipe, recipe_digest, inputs, lock, folders, fingerprint, progress)
+    if signing_key and fingerprint and not _signed_by(out, manifest, fingerprint):
+        _write_signature(out, recipe.name, manifest, signing_key, passphrase)
+        progress(f"signed with the key {fingerprint[:16]}…")
+    return manifest
+
+
+def _found(out: Path, recipe_digest: str, inputs: dict[str, str]) -> Manifest | None:
+    if not is_sealed(out):
+        return None
+    manifest = read_manifest(out)
+    if (manifest.stage, manifest.recipe_digest, manifest.inputs) != (STAGE, recipe_digest, inputs):
+        raise BadInput(
+            f"{out} is sealed already, and made from something else",
+            "Choose another directory, or remove that one.",
+        )
+    return check(out, deep=False, ignore=(*TOLERATED, SIGNATURE_NAME + ".part"))
+
+
+def _assemble(
+    out: Path,
+    recipe: Recipe,
+    recipe_digest: str,
+    inputs: dict[str, str],
+    lock: Lock,
+    folders: dict[str, Path],
+    fingerprint: str | None,
+    progress: Callable[[str], None],
+) -> Manifest:
+    has_draft = "draft" in folders
+    with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs) as writer:
+        linked = 0
+        for target, source, entry in _stage_files(lock, folders, progress):
+            linked += entry.size
+            if writer.done(target) is None:
+                writer.link(target, source, entry.sha256)
+        if writer.done("config.json") is None:
+            raise BadInput(f"{folders['context']} has no config.json: it is not a checkpoint")
+        writer.write_text(LOCK_NAME, lock.dumps())
+        writer.write_text("serve.yaml", serve_yaml(recipe, draft=has_draft))
+        writer.write_text("LICENSE-NOTE.md", license_note(recipe))
+        card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)
+        writer.write_text("README.md", card)
+        return writer.seal(
+            {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}
+        )
+
+
+def _stage_files(
+    lock: Lock, folders: dict[str, Path], progress: Callable[[str], None]
+) -> Iterator[tuple[str, Path, FileEntry]]:
+    """Path in the bundle, file, and manifest entry of all that the stages bring."""
+    for stage, prefix in (("context", ""), ("draft", "draft/"), ("evidence", "evidence/")):
+        if stage not in lock.stages:
+            continue
+        for entry in lock.stages[stage].manifest.files:
+            if entry.path == ".gitattributes" or (not prefix and entry.path == "README.md"):
+                continue  # the hub writes the one, this package the other
+            reason = path_problem(entry.path)
+            if reason:
+                progress(f"leaving out {prefix}{entry.path}: {reason}")
+                continue
+            yield prefix + entry.path, folders[stage] / entry.path, entry
+
+
+def _signed_by(out: Path, manifest: Manifest, fingerprint: str) -> bool:
+    file = out / SIGNATURE_NAME
+    if not file.is_file():
+        return False
+    signed = open_signature(file.read_bytes(), None)
+    return signed.key_fingerprint == fingerprint and signed.files == _to_sign(manifest)
+
+
+def _to_sign(manifest: Manifest) -> dict[str, str]:
+    files = {entry.path: entry.sha256 for entry in manifest.files}
+    return files | {MANIFEST_NAME: manifest.digest.removeprefix("sha256:")}
+
+
+def _write_signature(
+    out: Path, name: str, manifest: Manifest, signing_key: Path, passphrase: str | None
+) -> None:
+    data = sign(name, _to_sign(manifest), signing_key, passphrase=passphrase)
+    part = out / (SIGNATURE_NAME + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(out / SIGNATURE_NAME)

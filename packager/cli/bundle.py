@@ -1,0 +1,67 @@
+"""`packager bundle`: sealed stages of a workspace become one signed directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from packager.cli.keys import PASSPHRASE_VARIABLE
+
+
+@click.command()
+@click.argument("workspace", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--recipe", "recipe_path", required=True, type=click.Path(path_type=Path), help="The release recipe."
+)
+@click.option(
+    "--key", type=click.Path(path_type=Path), help="Private key to sign with (`packager keys generate`)."
+)
+@click.option(
+    "--override-gates",
+    "override",
+    metavar="REASON",
+    help="Allow publishing although gates are not passed; the card shows the reason.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(
+    workspace: Path, out: Path, recipe_path: Path, key: Path | None, override: str | None, as_json: bool
+) -> None:
+    """Assemble, document, lock and sign the stages in WORKSPACE as the bundle OUT.
+
+    WORKSPACE holds the sealed folders fp8, context, draft and evidence. Weights are linked, not copied. The
+    passphrase of an encrypted key is read from PACKAGER_KEY_PASSPHRASE.
+    """
+    from packager.bundle.assemble import assemble
+    from packager.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    draft = workspace / "draft"
+    manifest = assemble(
+        out,
+        recipe=recipe,
+        recipe_digest=recipe.digest,
+        fp8=workspace / "fp8",
+        context=workspace / "context",
+        draft=draft if draft.exists() else None,
+        evidence=workspace / "evidence",
+        signing_key=key,
+        passphrase=os.environ.get(PASSPHRASE_VARIABLE),
+        override=override,
+        progress=lambda line: click.echo(line, err=True),
+    )
+    size = sum(entry.size for entry in manifest.files)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {"bundle": str(out), "digest": manifest.digest, "files": len(manifest.files), "bytes": size,
+                 "signed": key is not None, "gates": manifest.metrics["gates"], "override": override}
+            )
+        )  # fmt: skip
+    else:
+        signed = "signed" if key else "NOT signed: publishing needs --key"
+        click.echo(f"{out}: {len(manifest.files)} files, {size / 1e9:.3f} GB, {signed}")
+        click.echo(f"digest {manifest.digest}\ngates  {manifest.metrics['gates']}")
