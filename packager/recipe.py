@@ -38,6 +38,11 @@ class SourceSpec(Spec):
     shape: str | None = None
     """config.json of the architecture, beside the recipe: a dry run computes from it what is not here yet."""
 
+    @property
+    def packaged(self) -> bool:
+        """Whether it is a checkpoint that this package brings (`package:nano`)."""
+        return self.path is not None and self.path.startswith("package:")
+
     @model_validator(mode="after")
     def _one_source(self) -> SourceSpec:
         if (self.path is None) == (self.repo is None):

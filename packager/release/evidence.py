@@ -14,14 +14,17 @@ once given is kept in `work/measurements`; a variant with nothing left to ask is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from packager.artifact import ArtifactWriter, Manifest
 from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
+from packager.release.figures import stage_figures
+from packager.release.pipeline import StageResult
 from packager.release.variants import Served, Variants
 from packager.release.workspace import Workspace
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from validation.gates import Gate
     from validation.identity import IdentityResult
     from validation.longcontext import LongComparison, LongRun
+    from validation.report import Report
     from validation.tasks import AccuracyComparison, AccuracyRun, Item
     from validation.throughput import ThroughputRun
 
@@ -79,7 +83,7 @@ def questions(recipe: Recipe, trained_length: int) -> Questions:
         items = load_items(Path(spec.items_file))
         long = [item for item in items if "multiple" in item.meta]
         return Questions([item for item in items if "multiple" not in item.meta], long)
-    if recipe.source.path is None or not recipe.source.path.startswith("package:"):
+    if not recipe.source.packaged:
         raise BadInput(
             "the recipe names no items to validate with",
             "Give validate.items_file: JSONL of {id, task, language, messages, answer, meta}.",
@@ -97,6 +101,21 @@ def questions(recipe: Recipe, trained_length: int) -> Questions:
     return Questions(items, items_from(rows) if rows else [])
 
 
+def first_question(recipe: Recipe) -> Item:
+    """The question that the downloaded bundle is asked: the shortest English one of the recipe's items."""
+    from validation.tasks import items_from, load_items
+
+    spec = recipe.validate_
+    if spec.items_file is not None:
+        items = load_items(Path(spec.items_file))
+    else:
+        from packager.nano import language
+
+        items = items_from(language.heldout_items(1, spec.seed + 1))
+    english = [item for item in items if item.language == "en"] or items
+    return min(english, key=lambda item: (len(item.messages[-1].content), item.id))
+
+
 def dense_baseline(recipe: Recipe, workspace: Workspace) -> Path | None:
     """The dense checkpoint whose speed is compared; the nano's is made from its seed when needed."""
     named = recipe.validate_.dense_baseline
@@ -105,7 +124,7 @@ def dense_baseline(recipe: Recipe, workspace: Workspace) -> Path | None:
         if not path.is_dir():
             raise BadInput(f"the dense baseline {named} is not a folder", "Correct validate.dense_baseline.")
         return path
-    if recipe.source.path is None or not recipe.source.path.startswith("package:"):
+    if not recipe.source.packaged:
         return None
     from packager.nano.dense import write_dense
 
@@ -265,3 +284,87 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
             "tokens",
         ),
     )
+
+
+def collect_evidence(
+    recipe: Recipe,
+    workspace: Workspace,
+    variants: Variants,
+    before: Sequence[StageResult],
+    inputs: Mapping[str, str],
+    recipe_digest: str,
+    say: Say,
+) -> Manifest:
+    """Measure, judge, and seal the report in `evidence/`, whether the gates are passed or not."""
+    from validation.report import (
+        ReportInputs,
+        StageFigures,
+        Subject,
+        build_report,
+        collect_environment,
+        write_report,
+    )
+
+    found = measure(recipe, workspace, variants, say)
+    runs = {run.subject: run.label for run in (*found.accuracy, *((found.dense,) if found.dense else ()))}
+    note = ""
+    if variants.weights_served == "dequantized":
+        note = "This CPU has no AMX, so vLLM has no FP8 block kernel for it."
+    report = build_report(
+        ReportInputs(
+            title=recipe.bundle.title,
+            subjects=tuple(Subject(name=label, digest=digest) for digest, label in runs.items()),
+            weights_served=variants.weights_served,
+            weights_note=note,
+            environment=collect_environment(),
+            accuracy=found.accuracy,
+            comparisons=found.comparisons,
+            identity=(found.identity,) if found.identity else (),
+            long_context=found.long,
+            long_comparison=found.long_comparison,
+            throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
+            throughput_baseline=found.dense.label if found.dense else None,
+            gates=judge(recipe.gates, found),
+            stages=tuple(
+                StageFigures(
+                    stage=stage.name,
+                    digest=stage.manifest.digest,
+                    seconds=stage.seconds,
+                    figures=stage_figures(stage),
+                )
+                for stage in before
+            ),
+            notes=("FP8 without YaRN was served with its position limit lifted, which changes no rotation.",),
+        )
+    )
+    with ArtifactWriter(
+        workspace.evidence, stage="validate", recipe_digest=recipe_digest, inputs=dict(inputs)
+    ) as writer:
+        for path in write_report(report, workspace.evidence).values():
+            writer.adopt(path.name)
+        return writer.seal(summary(report, found))
+
+
+def summary(report: Report, found: Measured) -> dict[str, Any]:
+    """The figures that a table of stages needs, for the manifest; the report has all of them."""
+    fp8 = found.comparisons[0].overall
+    plain, drafted = found.without_draft.cells[0], found.with_draft.cells[0]
+    return {
+        "outcome": report.outcome,
+        "gates": [gate.model_dump(mode="json") for gate in report.gates],
+        "weights_served": report.weights_served,
+        "accuracy": {run.label: [run.overall.correct, run.overall.n] for run in report.accuracy},
+        "fp8_difference_points": [fp8.difference_points, fp8.low_points, fp8.high_points],
+        "identical": [found.identity.identical, found.identity.n] if found.identity else None,
+        "long_records": {
+            run.label: {str(share.multiple): [share.correct, share.n] for share in run.by_multiple}
+            for run in found.long
+        },
+        "acceptance_length": drafted.acceptance.length if drafted.acceptance else None,
+        "concurrency": plain.concurrency,
+        "tokens_per_s": {
+            "without_draft": plain.output_tokens_per_s,
+            "with_draft": drafted.output_tokens_per_s,
+            "dense": found.dense.cells[0].output_tokens_per_s if found.dense else None,
+        },
+    }

@@ -7,10 +7,11 @@ answers for itself. Times are kept apart, in `work/timings.json`, because manife
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,14 @@ class Stage:
     folder: Path
     sections: dict[str, Any]
     """Recipe values that it reads; their digest is recorded in its manifest."""
-    inputs: tuple[str, ...]
-    """Digests of what it reads; its manifest must name every one."""
+    inputs: Callable[[], tuple[str, ...]]
+    """Digests of what it reads; its manifest must name every one. Asked only if the folder is sealed."""
     make: Callable[[str], Manifest]
     """Given the digest of the sections: make, or finish, the folder."""
+    beside: tuple[str, ...] = ()
+    """Patterns of files that lie in the folder without being sealed."""
+    finished: Callable[[], bool] = lambda: True
+    """Whether what follows the seal (a signature) is done too."""
 
     @property
     def recipe_digest(self) -> str:
@@ -52,6 +57,8 @@ class StageResult:
     """Time of the run that finished it, if known."""
     skipped: bool
     """It was done already."""
+    metrics: dict[str, Any]
+    """Its figures: those of the manifest, or of the record that a publication leaves."""
 
 
 def section_digest(sections: dict[str, Any]) -> str:
@@ -79,33 +86,45 @@ class Pipeline:
         Raises:
             IntegrityFailure: the folder is sealed, but its files are not those that were sealed.
         """
-        manifest = self.workspace.sealed(stage.folder)
-        skipped = manifest is not None and _current(manifest, stage)
-        if manifest is not None and not skipped:
+        manifest = self.workspace.sealed(stage.folder, stage.beside)
+        current = manifest is not None and _current(manifest, stage)
+        if manifest is not None and not current:
             self.say(f"{stage.name}: the recipe or an input has changed, making it again")
             self.workspace.discard(stage.folder)
+        skipped = current and stage.finished()
         if manifest is None or not skipped:
-            self.say(f"{stage.name}: started")
-            began = time.monotonic()
-            manifest = stage.make(stage.recipe_digest)
-            seconds = time.monotonic() - began
+            with self.timed(stage.name):
+                manifest = stage.make(stage.recipe_digest)
             self.workspace.remember_sealed(stage.folder)
-            self.workspace.write_json(
-                "timings.json", {**self.workspace.read_json("timings.json"), stage.name: round(seconds, 2)}
-            )
-            self.say(f"{stage.name}: done in {seconds:.1f} s")
-        result = StageResult(
-            name=stage.name,
-            folder=stage.folder,
-            manifest=manifest,
-            seconds=self.workspace.read_json("timings.json").get(stage.name),
-            skipped=skipped,
-        )
-        self.results.append(result)
+        self.add(stage.name, stage.folder, manifest, skipped)
         return manifest
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Say when a stage starts and ends; keep how long it took, if it ends well."""
+        self.say(f"{name}: started")
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        timings = self.workspace.read_json("timings.json")
+        self.workspace.write_json("timings.json", {**timings, name: round(seconds, 2)})
+        self.say(f"{name}: done in {seconds:.1f} s")
+
+    def add(
+        self,
+        name: str,
+        folder: Path,
+        manifest: Manifest,
+        skipped: bool,
+        metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Note a stage as done; its metrics are the manifest's unless others are given."""
+        seconds = self.workspace.read_json("timings.json").get(name)
+        figures = manifest.metrics if metrics is None else metrics
+        self.results.append(StageResult(name, folder, manifest, seconds, skipped, figures))
 
 
 def _current(manifest: Manifest, stage: Stage) -> bool:
-    return manifest.recipe_digest == stage.recipe_digest and set(stage.inputs) <= set(
+    return manifest.recipe_digest == stage.recipe_digest and set(stage.inputs()) <= set(
         manifest.inputs.values()
     )

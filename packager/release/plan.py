@@ -39,6 +39,8 @@ TORCH_BYTES = 0.4 * GB
 COPY_BYTES = 1 << 26
 """Piece in which tensors are copied."""
 
+_WEIGHTS, _ITEMS, _DENSE = "the weights", "an items file", "a dense baseline"
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -145,10 +147,20 @@ def plan_release(recipe: Recipe, path: Path) -> DryRun:
         hardware=recipe.hardware,
         sizes=found,
         stages=_stages(recipe, config, found, cards, present),
-        gates=tuple((name, bound) for name, bound in recipe.gates if bound is not None),
+        gates=_bounds(recipe),
         # At its fullest: source, FP8, states, and a rehearsal that uploads and downloads the bundle.
         peak_disk=found.source + found.fp8 + found.draft + max(found.states, 2 * (found.fp8 + found.draft)),
         missing=_undecided(recipe, config, present, found, cards),
+    )
+
+
+def _bounds(recipe: Recipe) -> tuple[tuple[str, float], ...]:
+    """Gates that are set; the accuracy asked of long records only beside their length."""
+    return tuple(
+        (name, bound)
+        for name, bound in recipe.gates
+        if bound is not None
+        and (name != "min_long_accuracy" or recipe.gates.min_long_context_tokens is not None)
     )
 
 
@@ -191,7 +203,7 @@ def _stages(
     served = found.fp8 + found.draft + context_kv
     # A head in training: FP32 weights, gradients and two moments beside the BF16 embeddings of the target.
     training = 16 * (found.draft // 2) + 2 * config.vocab_size * config.hidden_size
-    weights = () if present else ("the source weights",)
+    weights = (_WEIGHTS,)
     accelerated = cards is not None
     engine = ("vLLM",)
     gpus = (f"{recipe.hardware} ({cards[0] * cards[1] / GB:.0f} GB)",) if cards else ()
@@ -206,7 +218,7 @@ def _stages(
             memory=int(memory),
             cards=on_cards if accelerated else 0,
             needs=needs,
-            missing=tuple(need for need in needs if not _here(need, present)),
+            missing=tuple(need for need in needs if not _here(need, recipe, present)),
         )
 
     return (
@@ -217,7 +229,8 @@ def _stages(
             TORCH_BYTES + 2.5 * found.largest_weight + COPY_BYTES,
             needs=(*weights, "torch"),
         ),
-        stage("extend-context", 0, 0, 0.1 * GB, needs=()),
+        # Weights pass on as links, but are hashed once more before they do.
+        stage("extend-context", found.fp8, 0, 0.1 * GB, needs=()),
         stage(
             "draft",
             found.fp8 + 2 * found.states,
@@ -241,22 +254,23 @@ def _stages(
 
 def _questions(recipe: Recipe) -> tuple[str, ...]:
     needs = []
-    if not (recipe.source.path or "").startswith("package:"):
-        needs.append(f"items {recipe.validate_.items_file or '(validate.items_file is not filled)'}")
-        if recipe.validate_.dense_baseline is None and recipe.gates.min_ratio_to_dense is not None:
-            needs.append("a dense baseline (validate.dense_baseline is not filled)")
+    if not recipe.source.packaged:
+        needs.append(_ITEMS)
+        if recipe.gates.min_ratio_to_dense is not None:
+            needs.append(_DENSE)
     return tuple(needs)
 
 
-def _here(need: str, present: bool) -> bool:
-    if need == "the source weights":
+def _here(need: str, recipe: Recipe, present: bool) -> bool:
+    spec = recipe.validate_
+    if need == _WEIGHTS:
         return present
     if need in ("torch", "vLLM"):
         return find_spec(need.lower()) is not None
-    if need.startswith("items "):
-        return Path(need.removeprefix("items ")).is_file()
-    if need.startswith("a dense baseline"):
-        return False
+    if need == _ITEMS:
+        return spec.items_file is not None and Path(spec.items_file).expanduser().is_file()
+    if need == _DENSE:
+        return spec.dense_baseline is not None and Path(spec.dense_baseline).expanduser().is_dir()
     return _gpu_here()
 
 
@@ -274,7 +288,7 @@ def _undecided(
     """Every reason why a real run would stop or fail here, one sentence each."""
     missing: list[str] = []
     spec = recipe.source
-    nano = (spec.path or "").startswith("package:")
+    nano = spec.packaged
     if not present:
         missing.append(f"the weights: {found.source / GB:.0f} GB of {spec.repo or spec.path}")
     if spec.repo is not None and spec.revision is None:

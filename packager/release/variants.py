@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from packager.artifact import file_sha256, is_sealed, read_manifest
+from packager.artifact import MANIFEST_NAME, file_sha256, is_sealed, read_manifest
 from packager.recipe import Recipe
 from packager.release.workspace import Workspace
 
@@ -69,7 +70,7 @@ class Variants:
     say: Say
 
     @property
-    def weights_served(self) -> str:
+    def weights_served(self) -> Literal["native", "dequantized"]:
         """How FP8 artifacts are served here."""
         return "native" if self.fp8_native else "dequantized"
 
@@ -83,7 +84,7 @@ class Variants:
         out = self.workspace.work / "dequantized" / f"{artifact.name}-{manifest.digest[7:19]}"
         if not is_sealed(out):
             self.say(f"dequantizing {artifact.name} to serve it on this CPU")
-            dequantize(artifact, out)
+            dequantize(_checkpoint_of(artifact, out.with_name(out.name + "-files")), out)
         return out
 
     def bf16(self) -> contextlib.AbstractContextManager[Served]:
@@ -167,3 +168,19 @@ class Variants:
             yield served
         finally:
             served.stop()
+
+
+def _checkpoint_of(artifact: Path, view: Path) -> Path:
+    """The artifact itself; of a bundle, a folder of links to the checkpoint's own files.
+
+    A bundle holds more than a checkpoint (a signature beside its seal, a card, a draft), which nothing that
+    reads checkpoints has to know.
+    """
+    if not (artifact / "bundle.lock").is_file():
+        return artifact
+    shutil.rmtree(view, ignore_errors=True)
+    view.mkdir(parents=True)
+    for path in artifact.iterdir():
+        if path.suffix in (".safetensors", ".json", ".jinja", ".txt") and path.name != MANIFEST_NAME:
+            (view / path.name).symlink_to(path.resolve())
+    return view

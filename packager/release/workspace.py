@@ -51,6 +51,11 @@ class Workspace:
         return self.root / "published"
 
     @property
+    def signing_key(self) -> Path:
+        """The private key that signs bundles where the caller names none; made when first needed."""
+        return self.root / "signing-key.pem"
+
+    @property
     def work(self) -> Path:
         """Caches, server logs, dequantized copies, the dense baseline."""
         return self.root / "work"
@@ -86,10 +91,11 @@ class Workspace:
         folder.rename(grave)
         shutil.rmtree(grave)
 
-    def sealed(self, folder: Path) -> Manifest | None:
+    def sealed(self, folder: Path, beside: tuple[str, ...] = ()) -> Manifest | None:
         """The manifest of a sealed folder, None if it is not sealed.
 
         Files whose size and time are those at sealing are taken as unchanged; if any differs, all are hashed.
+        `beside`: patterns of files that may lie in it unsealed.
 
         Raises:
             IntegrityFailure: files are changed, missing or stray.
@@ -98,7 +104,7 @@ class Workspace:
             return None
         stamps = _stamps(folder)
         untouched = self.read_json("sealed.json").get(folder.name) == stamps
-        manifest = check(folder, deep=not untouched)
+        manifest = check(folder, deep=not untouched, ignore=beside)
         if not untouched:
             self.remember_sealed(folder)
         return manifest
@@ -172,6 +178,14 @@ def packaged_checkpoint(path: str) -> Path | None:
     if name != "nano" or not (directory / "config.json").is_file():
         raise BadInput(f"the package brings no checkpoint {name!r}", "It brings `package:nano`.")
     return directory
+
+
+def shipped_recipe(named: str) -> Path:
+    """The file that a recipe argument means: a path, or the name of a recipe that the package brings."""
+    path = Path(named)
+    if path.suffix or path.exists() or path.name != named:
+        return path
+    return Path(__file__).parents[2] / "recipes" / f"{named}.yaml"
 
 
 class SourceIdentity:
