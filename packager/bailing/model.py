@@ -41,9 +41,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight.float()).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotary_tables(config: Mapping[str, Any], length: int) -> tuple[Tensor, Tensor]:
@@ -159,9 +157,13 @@ class MoE(nn.Module):
         owner = chosen.flatten()[order]
         starts = self.load.cumsum(0) - self.load
         slot = owner * rows + (torch.arange(order.numel(), device=x.device) - starts[owner])
-        packed = x.new_zeros(experts * rows, x.shape[1]).index_copy(0, slot, x[order // top_k])
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        batch = packed.to(dtype).view(experts, rows, -1)
+        dtype = (
+            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        )
+        source = x.to(dtype)[order // top_k]
+        batch = (
+            source.new_zeros(experts * rows, x.shape[1]).index_copy(0, slot, source).view(experts, rows, -1)
+        )
         gate, up = torch.bmm(batch, self.gate_up.to(dtype).transpose(1, 2)).chunk(2, dim=-1)
         out = torch.bmm(F.silu(gate) * up, self.down.to(dtype).transpose(1, 2)).view(experts * rows, -1)
         place = torch.empty_like(order).index_copy(0, order, slot).view(-1, top_k)
@@ -205,7 +207,9 @@ class BailingMoeV2(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
 
-    def forward(self, input_ids: Tensor, *, return_hidden: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, input_ids: Tensor, *, return_hidden: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits `[batch, length, vocab]` of token ids `[batch, length]` (int64).
 
         With `return_hidden` also the inputs of layers 0 … n-1 and the normed output of the last layer,
@@ -273,8 +277,12 @@ class BailingMoeV2(nn.Module):
                     rows = [tensors[f"{stem}.experts.{n}.down_proj.weight"] for n in experts]
                 else:
                     rows = [
-                        torch.cat((tensors[f"{stem}.experts.{n}.gate_proj.weight"],
-                                   tensors[f"{stem}.experts.{n}.up_proj.weight"]))
+                        torch.cat(
+                            (
+                                tensors[f"{stem}.experts.{n}.gate_proj.weight"],
+                                tensors[f"{stem}.experts.{n}.up_proj.weight"],
+                            )
+                        )
                         for n in experts
                     ]
                 state[name] = torch.stack(rows)

@@ -1,0 +1,278 @@
+"""Train the nano model: `python -m packager.nano.train OUT`. Seeded; about an hour on two cores.
+
+The loss is taken on responses alone: what a prompt holds is random and would only teach noise. Records are
+short at first and grow to the trained length; a long record is asked several times in one conversation, so
+that its tokens are read once for many answers. Experts are balanced by their bias, without an auxiliary loss
+(arXiv 2408.15664), as in the model line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from packager.bailing.model import BailingMoeV2, MoE
+from packager.nano.architecture import CONFIG, TRAINED_LENGTH, render
+from packager.nano.language import CHINESE_SHARE, LONGEST_RECORD, TASKS, WardRecord, samples
+from packager.nano.tokenizer import train_tokenizer, write_tokenizer
+
+SEED = 20
+WORLD = 2
+"""Processes, one thread each: how the data is split, so the result, does not follow the core count."""
+STEPS = 3000
+BATCH_TOKENS = 3072
+"""Tokens per process and step."""
+PEAK_RATE = 2.5e-3
+WARM_UP = 150
+BALANCE_RATE = 1e-3
+"""Step of the expert bias; twenty times that at first, when a few experts would take all tokens."""
+
+
+@dataclass
+class Example:
+    """A tokenized conversation; `wanted[i]` says whether token i is part of a response."""
+
+    ids: list[int]
+    wanted: list[bool]
+
+
+class Examples:
+    """An endless seeded stream of training conversations."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: str) -> None:
+        self.tokenizer = tokenizer
+        self.rng = random.Random(seed)
+        self.streams = {task: samples(task, seed, held_out=False) for task in TASKS if task != "lookup"}
+
+    def _tokenize(self, turns: list[tuple[str, str]]) -> Example:
+        ids: list[int] = []
+        wanted: list[bool] = []
+        for number, (question, response) in enumerate(turns):
+            prompt = render(question)
+            if number:  # the system turn stands once
+                prompt = prompt[prompt.index("<role>HUMAN") :]
+            for text, mark in ((prompt, False), (response + "<|role_end|>", True)):
+                piece = self.tokenizer.encode(text).ids
+                ids += piece
+                wanted += [mark] * len(piece)
+        return Example(ids[: TRAINED_LENGTH + 1], wanted[: TRAINED_LENGTH + 1])
+
+    def short(self) -> Example:
+        """One question of a task other than `lookup`."""
+        sample = next(self.streams[self.rng.choice(list(self.streams))])
+        return self._tokenize([(sample.question, sample.response)])
+
+    def record(self, longest: int) -> Example:
+        """A record of up to `longest` lines, asked about several of its lines in turn."""
+        rng = self.rng
+        count = rng.randrange(2, longest + 1)
+        record = WardRecord.draw(rng, rng.random() < CHINESE_SHARE, count)
+        asked = [record.ask(rng, at) for at in rng.sample(range(count), min(count, 4))]
+        asked = [sample for sample in asked if not sample.held_out]
+        if not asked:
+            return self.record(longest)
+        turns = [(sample.question, sample.response) for sample in asked]
+        return self._tokenize([(record.text + turns[0][0], turns[0][1]), *turns[1:]])
+
+
+def _batch(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets and the mask of supervised targets, each [n, length], padded to a multiple of 16."""
+    length = -(-max(len(e.ids) - 1 for e in examples) // 16) * 16
+    ids = torch.full((len(examples), length + 1), CONFIG["pad_token_id"])
+    mask = torch.zeros(len(examples), length + 1, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        mask[row, : len(example.ids)] = torch.tensor(example.wanted)
+    return ids[:, :-1], ids[:, 1:], mask[:, 1:]
+
+
+def longest_record(step: int, steps: int) -> int:
+    """The curriculum: up to 8 lines for a tenth of the run, then growing to the longest by its middle."""
+    grown = (step / steps - 0.1) / 0.4
+    return round(8 + (LONGEST_RECORD - 8) * min(max(grown, 0.0), 1.0))
+
+
+def batches(examples: Examples, steps: int, start: int = 0) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Each step's micro-batches: three fifths of its tokens short questions, two fifths records."""
+    for step in range(steps):
+        short: list[Example] = []
+        while sum(len(e.ids) for e in short) < BATCH_TOKENS * 0.6:
+            short.append(examples.short())
+        records: list[Example] = []
+        while sum(len(e.ids) for e in records) < BATCH_TOKENS * 0.4:
+            records.append(examples.record(longest_record(step, steps)))
+        if step >= start:
+            yield [_batch(short), _batch(records)]
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, constant, then linear to zero over the last 40 %."""
+    return PEAK_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (0.4 * steps))
+
+
+def optimizer_for(model: BailingMoeV2) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and "word_embeddings" not in n]
+    rest = [p for n, p in model.named_parameters() if p.dim() == 1 or "word_embeddings" in n]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
+
+
+def _all_reduce(model: BailingMoeV2, numbers: Tensor) -> None:
+    """Sum gradients, expert loads and `numbers` over the processes, in one message."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients] + [numbers])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [g.numel() for g in gradients] + [numbers.numel()])
+    for gradient, part in zip([*gradients, numbers], parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def train_step(
+    model: BailingMoeV2,
+    optimizer: torch.optim.Optimizer,
+    parts: list[tuple[Tensor, Tensor, Tensor]],
+    rate: float,
+    balance: float,
+) -> tuple[float, float]:
+    """One update; returns the mean loss per response token (nats) and the share of tokens predicted right."""
+    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    experts = moes[0].gate.experts
+    totals = torch.zeros(3 + experts * len(moes))  # loss, right, response tokens, then each layer's loads
+    for inputs, targets, mask in parts:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model.lm_head(model.states(inputs)[mask])
+        loss = F.cross_entropy(logits.float(), targets[mask], reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
+        loads = [moe.load.float() for moe in moes if moe.load is not None]
+        right = (logits.argmax(-1) == targets[mask]).sum()
+        totals += torch.cat([torch.stack((loss.detach(), right.float(), mask.sum().float())), *loads])
+    if dist.is_initialized():
+        _all_reduce(model, totals)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= totals[2]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for moe, load in zip(moes, totals[3:].chunk(len(moes)), strict=True):
+        moe.gate.expert_bias += balance * torch.sign(load.mean() - load)
+    return float(totals[0] / totals[2]), float(totals[1] / totals[2])
+
+
+@torch.no_grad()
+def exact_match(model: BailingMoeV2, tokenizer: Tokenizer, task: str, count: int) -> float:
+    """Share of held-out items whose whole response is the greedy one (every token is its prefix's argmax)."""
+    stream = samples(task, "training-eval", held_out=True)
+    right = 0
+    for _ in range(count):
+        sample = next(stream)
+        prompt = tokenizer.encode(render(sample.question)).ids
+        response = tokenizer.encode(sample.response + "<|role_end|>").ids
+        ids = torch.tensor([prompt + response])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            states = model.states(ids[:, :-1])[0, len(prompt) - 1 :]
+            best = model.lm_head(states).argmax(-1)
+        right += bool((best == ids[0, len(prompt) :]).all())
+    return right / count
+
+
+def write_checkpoint(model: BailingMoeV2, tokenizer: Tokenizer, out: Path) -> None:
+    """Write a complete checkpoint directory: weights in BF16, config, tokenizer, generation settings."""
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(model.dump_tensors(), out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    settings = {key: CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (out / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer(tokenizer, out)
+
+
+def _worker(rank: int, out: Path, steps: int, stop_after: int | None, evaluate_every: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out.resolve()}/rendezvous", rank=rank, world_size=WORLD
+    )
+    tokenizer = train_tokenizer()
+    model = BailingMoeV2(CONFIG)
+    model.initialise(SEED)
+    optimizer = optimizer_for(model)
+    saved, start = out / "training_state.pt", 0
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    begun, tokens = time.monotonic(), 0
+    for step, parts in enumerate(batches(Examples(tokenizer, f"train-{SEED}-{rank}"), steps, start), start):
+        balance = BALANCE_RATE * max(1.0, 20 - step / 10)
+        loss, right = train_step(model, optimizer, parts, learning_rate(step, steps), balance)
+        tokens += WORLD * sum(inputs.numel() for inputs, _, _ in parts)
+        if math.isnan(loss):
+            raise FloatingPointError(f"training diverged at step {step}: the loss is NaN")
+        last = step + 1 in (steps, stop_after)
+        if rank == 0:
+            line: dict[str, object] = {
+                "step": step,
+                "loss": round(loss, 5),
+                "token_accuracy": round(right, 5),
+            }
+            evaluate = step + 1 == steps or (evaluate_every and (step + 1) % evaluate_every == 0)
+            if evaluate:
+                count = 200 if last else 40
+                line["exact_match"] = {task: exact_match(model, tokenizer, task, count) for task in TASKS}
+                state = {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state, saved.with_suffix(".new"))
+                saved.with_suffix(".new").replace(saved)
+                write_checkpoint(model, tokenizer, out)
+            if step < 5 or step % 20 == 0 or evaluate or last:
+                line["tokens_per_second"] = round(tokens / (time.monotonic() - begun))
+                with (out / "training.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
+        if last:
+            break
+    if rank == 0:
+        write_checkpoint(model, tokenizer, out)
+    dist.destroy_process_group()
+
+
+def train(out: Path, steps: int = STEPS, *, stop_after: int | None = None, evaluate_every: int = 200) -> None:
+    """Train for `steps` (or stop early after `stop_after` of them); write checkpoint and log to `out`.
+
+    A run that was interrupted goes on from its last saved step.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rendezvous").unlink(missing_ok=True)
+    # Keep freed memory in the process: giving it back after each step costs more than the arithmetic.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        _worker, args=(out, steps, stop_after, evaluate_every), nprocs=WORLD
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--stop-after", type=int, default=None)
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.steps, stop_after=arguments.stop_after)
