@@ -54,23 +54,24 @@ def fp8_runs_here() -> tuple[bool, str]:
     return False, "this CPU has no AMX (amx_tile): vLLM has no FP8 block kernel for it"
 
 
-def _preload() -> str:
-    """LD_PRELOAD for vLLM on CPU: Intel's OpenMP and tcmalloc, where the environment brings them."""
-    wanted = [Path(sys.prefix) / "lib" / "libiomp5.so"]
-    return ":".join(str(path) for path in wanted if path.exists())
+def _intel_openmp() -> str:
+    """Path of Intel's OpenMP, which vLLM wants preloaded for speculative decoding; empty if not installed."""
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    return str(library) if library.exists() else ""
 
 
 def cpu_environment() -> dict[str, str]:
     """Environment variables for vLLM on a processor. What the caller's own environment sets already wins.
 
     - One process for engine core and worker (VLLM_ENABLE_V1_MULTIPROCESSING=0): a worker of its own spends as
-      long again on imports. vLLM then leaves the thread count to us.
+      long again on imports. vLLM then leaves the thread count to us; as it would, one core stays free for the
+      API server, without which kernels wait for it and two threads are slower than one.
     - 1 GiB of KV cache; no hub, no usage report.
     """
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-        "LD_PRELOAD": _preload(),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),
+        "LD_PRELOAD": _intel_openmp(),
     }
     return {name: value for name, value in wanted.items() if value and name not in os.environ}
