@@ -1,4 +1,4 @@
-"""The nano model: its language is true by construction, its split is clean, its shipped weights have learned it."""
+"""The nano model: answers true by construction, a clean split, shipped weights that have learned it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_no_answer_wins_by_being_common() -> None:
 
 
 def test_items_do_not_depend_on_the_hash_seed() -> None:
-    program = "import json; from packager.nano.language import *; print(json.dumps([heldout_items(5), prompts(20)]))"
+    program = "from packager.nano.language import *; print(heldout_items(5), prompts(20))"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program],
@@ -132,7 +132,7 @@ def test_every_matrix_of_the_shipped_checkpoint_fits_128_blocks() -> None:
     with safe_open(CHECKPOINT / "model.safetensors", "np") as weights:
         shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     quantized = [
-        s for n, s in shapes.items() if n.endswith("proj.weight") or ".attention." in n and len(s) == 2
+        s for n, s in shapes.items() if n.endswith("proj.weight") or (".attention." in n and len(s) == 2)
     ]
     assert quantized
     assert all(side % 128 == 0 for shape in quantized for side in shape)
@@ -187,7 +187,7 @@ def test_the_first_steps_of_training_reproduce(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_shipped_weights_answer_held_out_questions() -> None:
-    """Greedy exact match of the whole response, in plain torch; through vLLM the release measures it again."""
+    """Greedy exact match of the whole response in plain torch; a release measures it through vLLM."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
 
