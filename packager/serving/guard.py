@@ -31,6 +31,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> int:
     """Exit code of the command; 128 + signal if one ended it."""
+    # A shell's background job ignores SIGINT, and so would the command, which is to be ended by it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 
     def watch() -> None:

@@ -43,7 +43,7 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
-def _claim(host: str, port: int) -> None:
+def claim_port(host: str, port: int) -> None:
     """Raise UsageProblem if `port` is taken. vLLM would not notice another vLLM: it sets SO_REUSEPORT."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -128,7 +128,7 @@ class Server:
             return self
         self.spec.check()
         if self.port:
-            _claim(self.host, self.port)
+            claim_port(self.host, self.port)
         else:
             self.port = free_port(self.host)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ class Server:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
             if time.monotonic() > deadline:
-                raise self._failure(f"the engine was not healthy after {self.startup_timeout_s:.0f} s")
+                raise self.failure(f"the engine was not healthy after {self.startup_timeout_s:.0f} s")
             time.sleep(_POLL_S)
 
     def check_alive(self) -> None:
@@ -167,9 +167,10 @@ class Server:
             raise RemoteFailure("the server is not running")
         code = self._process.poll()
         if code is not None:
-            raise self._failure(f"the engine died with exit code {code}")
+            raise self.failure(f"the engine died with exit code {code}")
 
-    def _failure(self, what: str) -> RemoteFailure:
+    def failure(self, what: str) -> RemoteFailure:
+        """The error to raise when `what` has happened, with the cause and the tail of the log."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         cause = log_cause(text)
         tail = "\n".join("  | " + line for line in text.splitlines()[-_TAIL_LINES:])

@@ -1,0 +1,238 @@
+"""`packager plan`: will it fit, a bound on speed, the exact serve command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from packager.errors import UsageProblem
+from packager.serving.engine import ServeSpec, vllm_command
+from packager.serving.hardware import GB, hardware_file, parse_hardware
+from packager.serving.plan import Bound, Fit, Plan, Precision, make_plan, model_bytes, shape_config
+
+_RELEASED = Path("BUNDLE")
+"""Stands in the command for the folder that a release makes."""
+
+
+@click.command(name="plan")
+@click.argument("source", required=False)
+@click.option("--shape", help="A published architecture instead of a directory, e.g. ling-flash-2.0.")
+@click.option("--hardware", help="Number x card, e.g. 2xh20. Default: the smallest that fits.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens. Default: what the config says.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp8", "bf16"]),
+    default="fp8",
+    show_default=True,
+    help="Of the weights served; FP8 of a BF16 checkpoint is computed from its config.",
+)
+@click.option("--draft/--no-draft", "with_draft", default=True, help="Serve with an EAGLE3 draft.")
+@click.option(
+    "--draft-vocab",
+    type=click.IntRange(min=1),
+    help="Draft vocabulary where no draft lies in SOURCE. Default: 32000 or the model's own if smaller.",
+)
+@click.option("--draft-tokens", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--acceptance-length",
+    type=click.FloatRange(min=1),
+    help="Tokens a target step yields with the draft: an assumption, for a bound with the draft.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(
+    source: str | None,
+    shape: str | None,
+    hardware: str | None,
+    context: int | None,
+    concurrency: int,
+    precision: Precision,
+    with_draft: bool,
+    draft_vocab: int | None,
+    draft_tokens: int,
+    acceptance_length: float | None,
+    as_json: bool,
+) -> None:
+    """Whether the model in SOURCE (a folder with config.json) can be served, and how fast at best.
+
+    Weights need not be there: bytes are computed from config.json. The bound on speed is what bandwidth and
+    arithmetic allow; no engine reaches it.
+    """
+    from packager.bailing.config import BailingConfig
+    from packager.checkpoint.source import locate
+
+    if (source is None) == (shape is None):
+        raise UsageProblem(
+            "give either SOURCE or --shape", "For instance: packager plan --shape ling-flash-2.0"
+        )
+    if shape is not None:
+        directory, config = None, shape_config(shape)
+    else:
+        directory = locate(str(source))
+        config = BailingConfig.load(directory)
+    if acceptance_length is not None and acceptance_length > draft_tokens + 1:
+        raise UsageProblem(
+            f"{draft_tokens} draft tokens cannot yield {acceptance_length} tokens a step",
+            f"--acceptance-length is at most {draft_tokens + 1} here.",
+        )
+    own_draft = directory / "draft" if directory and (directory / "draft" / "config.json").is_file() else None
+    model = model_bytes(
+        config,
+        precision,
+        directory=directory,
+        draft=own_draft if with_draft else None,
+        draft_vocab=(draft_vocab or min(32000, config.vocab_size)) if with_draft and not own_draft else None,
+    )
+    length = context or config.max_position_embeddings
+    plan = make_plan(
+        model,
+        parse_hardware(hardware) if hardware else None,
+        context=length,
+        concurrency=concurrency,
+        acceptance_length=acceptance_length,
+        draft_tokens=draft_tokens,
+    )
+    served = directory if directory and (precision == "fp8") == bool(config.quantization_config) else None
+    chosen = plan.fit if plan.fits else plan.alternative
+    serve = None
+    if chosen is not None:
+        spec = ServeSpec(
+            model=served or _RELEASED,
+            draft=None if not with_draft else own_draft or (served or _RELEASED) / "draft",
+            num_speculative_tokens=draft_tokens,
+            max_model_len=length,
+            tensor_parallel=chosen.hardware.count,
+        )
+        serve = vllm_command(spec, target="cuda")
+    longer = length > config.max_position_embeddings
+    if as_json:
+        click.echo(json.dumps(_document(plan, serve, longer), indent=2))
+    else:
+        _print(plan, serve, served is None, longer, acceptance_length)
+
+
+def _document(plan: Plan, serve: list[str] | None, longer: bool) -> dict[str, Any]:
+    model = plan.model
+    return {
+        "kind": "plan",
+        "parameters": model.parameters,
+        "active_parameters": model.active_parameters,
+        "precision": model.precision,
+        "weights_bytes": model.weights,
+        "weights_from": model.weights_source,
+        "draft_bytes": model.draft,
+        "draft_from": model.draft_source,
+        "kv_bytes_per_token": model.kv_per_token,
+        "context": plan.context,
+        "needs_context_extension": longer,
+        "concurrency": plan.concurrency,
+        "hardware": plan.fit.hardware.label,
+        "fits": plan.fits,
+        "problem": plan.fit.problem,
+        "weights_bytes_per_card": int(plan.fit.weights_per_card),
+        "usable_bytes_per_card": int(plan.fit.hardware.usable_per_card),
+        "kv_cache_tokens": plan.fit.kv_tokens,
+        "requests_of_full_context": plan.fit.sequences(plan.context),
+        "context_at_concurrency": plan.context_at_concurrency,
+        "decode_bounds": [_bound(bound) for bound in plan.bounds],
+        "decode_bounds_with_draft": [_bound(bound) for bound in plan.draft_bounds],
+        "smallest_that_fits": plan.alternative.hardware.label if plan.alternative else None,
+        "smallest_of_these_cards": plan.same_card.hardware.label if plan.same_card else None,
+        "serve_command": serve,
+    }
+
+
+def _bound(bound: Bound) -> dict[str, Any]:
+    return {
+        "concurrency": bound.concurrency,
+        "context": bound.context,
+        "tokens_per_s": round(bound.tokens_per_s, 1),
+        "tokens_per_s_each": round(bound.each, 1),
+        "limited_by": bound.limited_by,
+    }
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
+def _size(count: float) -> str:
+    for unit, scale in (("GB", GB), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _print(
+    plan: Plan, serve: list[str] | None, placeholder: bool, longer: bool, acceptance: float | None
+) -> None:
+    model, found = plan.model, plan.fit
+    share = hardware_file().engine
+    rows = [
+        (
+            "parameters",
+            f"{_count(model.parameters)}, {_count(model.active_parameters)} active a token",
+        ),
+        ("weights", f"{_size(model.weights)} in {model.precision.upper()} ({model.weights_source})"),
+        ("draft", f"{_size(model.draft)} ({model.draft_source})" if model.draft else "none"),
+        ("KV cache", f"{_size(model.kv_per_token)} a token, BF16"),
+        (
+            "hardware",
+            f"{found.hardware.label} ({found.hardware.card.name}); "
+            f"usable {_size(found.hardware.usable_per_card)} a card "
+            f"({share.memory_utilization:.0%}, less {share.reserve_gb:g} GB assumed for activations)",
+        ),
+        ("fits", _verdict(plan, found)),
+    ]
+    if plan.fits:
+        rows.append(("KV room", _room(plan, found)))
+    for name, value in rows:
+        click.echo(f"{name:<11} {value}")
+    _print_bounds("decoding, at best", plan.bounds)
+    _print_bounds(f"with the draft, if {acceptance or 0:g} tokens a step are accepted", plan.draft_bounds)
+    if serve is None:
+        return
+    click.echo("\nserve with" if plan.fits else "\nthere, serve with")
+    click.echo(f"  {shlex.join(serve)}")
+    if placeholder:
+        click.echo(f"  ({_RELEASED} is the folder that `packager release` or `packager bundle` makes)")
+    if longer:
+        trained = model.config.max_position_embeddings
+        click.echo(f"  (the config says {trained} tokens: extend it first with `packager extend-context`)")
+
+
+def _verdict(plan: Plan, found: Fit) -> str:
+    if plan.fits:
+        return f"yes: {_size(found.weights_per_card)} of weights a card"
+    if plan.alternative is None:
+        return f"no: {found.problem}; nothing known is large enough"
+    choices = dict.fromkeys(
+        fit.hardware.label for fit in (plan.alternative, plan.same_card) if fit is not None
+    )
+    return f"no: {found.problem}; the smallest that does: {' or '.join(choices)}"
+
+
+def _room(plan: Plan, found: Fit) -> str:
+    at_once = found.sequences(plan.context)
+    text = f"{found.kv_tokens} tokens: {at_once} requests of {plan.context} tokens at once"
+    if at_once < plan.concurrency:
+        text += (
+            f"; {plan.concurrency} at once have {plan.context_at_concurrency} tokens each, longer ones wait"
+        )
+    return text
+
+
+def _print_bounds(title: str, bounds: tuple[Bound, ...]) -> None:
+    if not bounds:
+        return
+    click.echo(f"\n{title}: (roofline bound, not a measurement)")
+    click.echo(f"  {'concurrency':>11} {'context':>8} {'tokens/s':>9} {'each':>7}  limited by")
+    for bound in bounds:
+        click.echo(
+            f"  {bound.concurrency:>11} {bound.context:>8} {bound.tokens_per_s:>9.0f} {bound.each:>7.0f}  "
+            f"{bound.limited_by}"
+        )

@@ -1,0 +1,116 @@
+"""What a directory says about how it wants to be served: a bundle's serve.yaml, or a plain checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from packager.checkpoint.source import CONFIG_NAME, read_json_object
+from packager.errors import BadInput, UsageProblem
+from packager.serving.cpu import Device, device
+from packager.serving.engine import ServeSpec
+
+SERVE_NAME = "serve.yaml"
+
+
+class Profile(BaseModel):
+    """Settings for one kind of hardware. Its ready-made command line is for people: ours is built anew."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    device: Device
+    tensor_parallel: int = Field(default=1, ge=1)
+
+
+class ServeFile(BaseModel):
+    """serve.yaml of a bundle, as far as serving needs it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_version: int = Field(ge=1, le=1)
+    engine: str
+    engine_versions: str
+    served_name: str = "model"
+    model: str
+    draft: str | None = None
+    num_speculative_tokens: int | None = Field(default=None, ge=1)
+    max_model_len: int | None = Field(default=None, gt=0)
+    default_profile: str
+    profiles: dict[str, Profile]
+
+
+def read_serve_file(path: Path) -> ServeFile:
+    """Read a bundle's serve.yaml. Raises BadInput: not YAML, a key missing or wrong, a path that escapes."""
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = ServeFile.model_validate(raw)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise BadInput(f"cannot read {path}: {err}") from None
+    except ValidationError as err:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in err.errors()]
+        raise BadInput(f"{path} is not a serve file:\n" + "\n".join(lines)) from None
+    if found.engine != "vllm":
+        raise BadInput(f"{path} asks for the engine {found.engine!r}; only vllm is known here")
+    for part in (found.model, found.draft):
+        if part is not None and not (path.parent / part).resolve().is_relative_to(path.parent.resolve()):
+            raise BadInput(f"{path} names {part!r}, which lies outside the bundle")
+    return found
+
+
+def spec_for(directory: Path, *, profile: str | None = None, with_draft: bool = True) -> ServeSpec:
+    """How `directory` is served on this machine.
+
+    A bundle's default profile is taken if it is for this device, else the first that is.
+
+    Raises:
+        BadInput: neither a bundle nor a checkpoint.
+        UsageProblem: a profile that the bundle does not have.
+    """
+    path = directory / SERVE_NAME
+    if not path.is_file():
+        if not (directory / CONFIG_NAME).is_file():
+            raise BadInput(
+                f"{directory} holds neither {SERVE_NAME} nor {CONFIG_NAME}",
+                "Give the folder of a bundle or of a checkpoint.",
+            )
+        if profile is not None:
+            raise UsageProblem(
+                f"{directory} is a plain checkpoint: it has no profiles", "Leave out --profile."
+            )
+        return ServeSpec(model=directory)
+    found = read_serve_file(path)
+    chosen = found.profiles[_profile_name(found, profile, path)]
+    return ServeSpec(
+        model=directory / found.model,
+        served_name=found.served_name,
+        draft=directory / found.draft if found.draft and with_draft else None,
+        num_speculative_tokens=found.num_speculative_tokens or ServeSpec.num_speculative_tokens,
+        max_model_len=found.max_model_len,
+        tensor_parallel=chosen.tensor_parallel if device() == "cuda" else 1,
+    )
+
+
+def _profile_name(found: ServeFile, wanted: str | None, path: Path) -> str:
+    if wanted is not None or found.default_profile not in found.profiles:
+        if wanted in found.profiles:
+            return str(wanted)
+        raise UsageProblem(
+            f"{path} has no profile {wanted or found.default_profile!r}",
+            f"It has: {', '.join(found.profiles)}.",
+        )
+    if found.profiles[found.default_profile].device == device():
+        return found.default_profile
+    return next(
+        (name for name, one in found.profiles.items() if one.device == device()), found.default_profile
+    )
+
+
+def is_fp8(model: Path) -> bool:
+    """Whether a checkpoint's weights are quantized to FP8, by its config."""
+    quantization = read_json_object(model / CONFIG_NAME).get("quantization_config")
+    if not isinstance(quantization, dict):
+        return False
+    return quantization.get("quant_method") == "fp8" or quantization.get("format") == "float-quantized"
