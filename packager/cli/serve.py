@@ -59,9 +59,9 @@ def command(
     """
     from packager.artifact import is_sealed
     from packager.checkpoint.source import locate
-    from packager.serving.serve_file import is_fp8, spec_for
     from packager.serving.cpu import fp8_runs_here
     from packager.serving.engine import vllm_command
+    from packager.serving.serve_file import is_fp8, spec_for
     from packager.serving.server import Server, claim_port
 
     directory = locate(bundle).resolve()
@@ -154,7 +154,7 @@ def _announce(server: Server, weights: str, as_json: bool) -> None:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM, which service managers send, unwind like Ctrl-C; and Ctrl-C in a shell's background job."""
+    """Let SIGTERM unwind like Ctrl-C, and Ctrl-C itself even where the shell has it ignored (`&`)."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
         raise KeyboardInterrupt
