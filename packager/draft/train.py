@@ -263,7 +263,8 @@ class Trainer:
             tensors[f"model.{name}"] = parameter.detach()
             tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = state["exp_avg"], state["exp_avg_sq"]
         part = self.checkpoint.with_suffix(".partial")
-        save_file(tensors, part, {"step": str(done), "key": self._key})
+        # One key: the library writes several in an order that changes from process to process.
+        save_file(tensors, part, {"run": f"{self._key} {done}"})
         os.replace(part, self.checkpoint)  # noqa: PTH105
 
     def _resume(self) -> int:
@@ -272,20 +273,20 @@ class Trainer:
             return 0
         try:
             with safe_open(self.checkpoint, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-                if metadata.get("key") != self._key:
+                key, _, done = (handle.metadata() or {}).get("run", "").partition(" ")
+                if key != self._key:
                     return 0
                 with torch.no_grad():
                     for name, parameter in self.head.named_parameters():
                         parameter.copy_(handle.get_tensor(f"model.{name}"))
                         self.optimizer.state[parameter] = {
-                            "step": torch.tensor(float(metadata["step"])),
+                            "step": torch.tensor(float(done)),
                             "exp_avg": handle.get_tensor(f"exp_avg.{name}").clone(),
                             "exp_avg_sq": handle.get_tensor(f"exp_avg_sq.{name}").clone(),
                         }
         except SafetensorError:
             return 0
-        return int(metadata["step"])
+        return int(done)
 
 
 def _once(found: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:

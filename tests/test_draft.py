@@ -1,0 +1,609 @@
+"""The EAGLE3 draft: its head, vocabulary, training, export and acceptance, on small data made here.
+
+What needs a real target and engine is in test_draft_engine.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from packager.artifact import check
+from packager.cli.draft import command
+from packager.draft.acceptance import acceptance_from_metrics
+from packager.draft.config import draft_config, tensor_shapes
+from packager.draft.prepare import DraftData, prepare, read_prompts, target_digest
+from packager.draft.stage import TRAINING_STATE, export, train
+from packager.draft.validator import validate_draft
+from packager.draft.vocabulary import VocabularyMap, choose_vocabulary, coverage
+from packager.errors import BadInput
+from packager.recipe import DraftSpec
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+HIDDEN, VOCAB, LAYERS = 64, 96, 4
+YARN = {
+    "type": "yarn",
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+TARGET: dict[str, Any] = {
+    "architectures": ["BailingMoeV2ForCausalLM"],
+    "model_type": "bailing_moe",
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 2048,
+    "rope_scaling": YARN,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+SPEC = DraftSpec(
+    vocab_size=48,
+    aux_layers=(1, 2, 3),
+    intermediate_size=128,
+    prompts=64,
+    steps=120,
+    batch_tokens=512,
+    learning_rate=3e-3,
+    ttt_steps=3,
+    seed=1,
+)
+
+
+def write_target(directory: Path) -> Path:
+    """A target whose head reads its own embedding: state e(t) in the last layer means token t comes next."""
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(VOCAB, HIDDEN, generator=generator)
+    tensors = {
+        "model.word_embeddings.weight": embeddings,
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": embeddings.clone(),
+    }
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(TARGET))
+    return directory
+
+
+def write_data(workdir: Path, target: Path) -> DraftData:
+    """Responses of a deterministic language (next = 3 t + 1 within 40 tokens) and matching states."""
+    (workdir / "states").mkdir(parents=True)
+    embeddings = load_file(target / "model.safetensors")["model.word_embeddings.weight"]
+    rng = random.Random(0)
+    lines = []
+    for index in range(64):
+        prompt = [rng.randrange(3, 40) for _ in range(rng.randrange(5, 30))]
+        response, token = [], prompt[-1]
+        for _ in range(rng.randrange(6, 20)):
+            token = (3 * token + 1) % 37 + 3
+            response.append(token)
+        ids = prompt + response
+        noise = torch.randn(len(ids) - 1, 4, HIDDEN, generator=torch.Generator().manual_seed(index))
+        states = noise * 0.1
+        states[:, 3] += embeddings[ids[1:]].float()
+        states[:, 2] += embeddings[ids[:-1]].float()
+        name = f"{index:06d}.safetensors"
+        save_file(
+            {"hidden_states": states.bfloat16(), "token_ids": torch.tensor(ids[:-1])},
+            workdir / "states" / name,
+        )
+        row = {
+            "index": index,
+            "id": f"p{index}",
+            "task": "chain",
+            "language": "zh" if index % 4 == 0 else "en",
+            "prompt_ids": prompt,
+            "response_ids": response,
+            "text": "",
+            "states": name,
+        }
+        lines.append(json.dumps(row))
+    (workdir / "responses.jsonl").write_text("\n".join(lines) + "\n")
+    (workdir / "complete").touch()
+    (workdir / "spec.json").write_text(SPEC.model_dump_json())
+    return DraftData(workdir, target_digest(target))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return write_target(tmp_path / "target")
+
+
+@pytest.fixture
+def data(tmp_path: Path, target: Path) -> DraftData:
+    return write_data(tmp_path / "work", target)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained, exported draft."""
+    root = tmp_path_factory.mktemp("draft")
+    target = write_target(root / "target")
+    trained = train(target, SPEC, write_data(root / "work", target), lambda _: None)
+    export(
+        root / "draft", trained, target, recipe_digest="sha256:0", inputs={"target": target_digest(target)}
+    )
+    return root / "draft"
+
+
+# ---- the head ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rope_scaling", [None, YARN], ids=["plain rope", "yarn"])
+def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, Any] | None) -> None:
+    """Same weights, same sample: equal logits at every response position of every training-time-test step."""
+    eagle3 = pytest.importorskip("speculators.models.eagle3")
+    from speculators.config import SpeculatorsConfig, VerifierConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+    from transformers import LlamaConfig
+
+    from packager.draft.head import DraftBatch, Eagle3Head
+
+    config = draft_config(TARGET | {"rope_scaling": rope_scaling}, SPEC)
+    generator = torch.Generator().manual_seed(3)
+    ours = Eagle3Head(config, torch.randn(VOCAB, HIDDEN, generator=generator))
+    ours.initialise(0, torch.randn(SPEC.vocab_size, HIDDEN, generator=generator) * 0.1, torch.ones(HIDDEN))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+    llama = LlamaConfig(
+        **{
+            key: config[key]
+            for key in [
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "rms_norm_eps",
+                "max_position_embeddings",
+                "rope_parameters",
+            ]
+        }
+    )
+    llama._attn_implementation = "eager"
+    theirs = eagle3.Eagle3DraftModel(
+        eagle3.Eagle3SpeculatorConfig(
+            transformer_layer_config=llama,
+            draft_vocab_size=SPEC.vocab_size,
+            norm_before_residual=False,
+            eagle_aux_hidden_state_layer_ids=list(SPEC.aux_layers),
+            speculators_config=SpeculatorsConfig(
+                algorithm="eagle3",
+                proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=3)],
+                default_proposal_method="greedy",
+                verifier=VerifierConfig(name_or_path=None, architectures=["LlamaForCausalLM"]),
+            ),
+        )
+    )
+    state = {name.replace("midlayer.", "layers.0."): value for name, value in ours.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if name.startswith(("layers", "fc", "norm", "lm_head"))]
+    theirs.embed_tokens.weight.data.copy_(ours.embed_tokens)
+
+    ids = torch.randint(0, VOCAB, (40,), generator=generator)
+    states = torch.randn(39, 3 * HIDDEN, generator=generator)
+    prompt, steps = 25, 3
+    queries = len(ids) - prompt - 1
+    batch = DraftBatch(
+        keys=ids[None, 1:-1],
+        states=states[None, :-1],
+        first=torch.tensor([prompt - 1]),
+        query_count=torch.tensor([queries]),
+        tokens=torch.cat((ids[prompt:], torch.zeros(steps, dtype=torch.long)))[None, : queries + steps],
+        last=torch.zeros(1, queries + steps, HIDDEN),
+    )
+    captured: list[torch.Tensor] = []
+    theirs.lm_head.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
+    with torch.no_grad():
+        mine = ours(batch, steps)
+        theirs(
+            hidden_states=states[None],
+            input_ids=ids[None, 1:],
+            document_ids=torch.zeros(1, 39, dtype=torch.long),
+            ttt_steps=steps,
+        )
+    for step in range(steps):
+        valid = queries - step
+        expected = captured[step][0, prompt - 1 : prompt - 1 + valid]
+        assert torch.allclose(mine[step][0, :valid], expected, atol=1e-4), f"step {step}"
+
+
+def test_loss_is_speculators_kl_up_to_the_targets_own_entropy(data: DraftData, target: Path) -> None:
+    losses = pytest.importorskip("speculators.losses.eager")
+    from packager.draft.states import collate, samples
+    from packager.draft.train import Target, draft_loss
+
+    sample = samples(data.records()[:1], data.states)
+    batch = collate(sample, aux=3, hidden=HIDDEN, steps=1)
+    queries = batch.tokens.shape[1] - 1
+    logits = torch.randn(1, queries, VOCAB)
+    weights = load_file(target / "model.safetensors")
+    rows = weights["lm_head.weight"].float()
+    found, exists, _ = draft_loss(
+        [logits], batch, Target(rows, rows, torch.ones(HIDDEN), 1e-6), torch.arange(VOCAB)
+    )
+    last = batch.last[:, :queries].float()
+    goal = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6) @ rows.T
+    entropy = -(goal.softmax(-1) * goal.log_softmax(-1)).sum(-1)
+    expected = (losses.kl_div_loss(logits, goal) + entropy)[exists[0]].mean()
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+# ---- vocabulary -------------------------------------------------------------------------------------------
+
+
+def test_vocabulary_map_is_the_one_speculators_builds() -> None:
+    mapping = pytest.importorskip("speculators.train.vocab_mapping")
+    rng = random.Random(5)
+    counts = Counter(rng.choices(range(200), weights=[1 / (n + 1) for n in range(200)], k=3000))
+    d2t, t2d = mapping.build_vocab_mappings_from_distribution(dict(counts), 64, 200)
+    found = choose_vocabulary(counts, 64, 200)
+    assert found.offsets == d2t.tolist()
+    assert found.reachable == t2d.tolist()
+
+
+def test_free_places_of_the_vocabulary_are_filled_without_repeats() -> None:
+    found = choose_vocabulary({7: 5, 3: 1}, 6, 10)
+    assert found.target_ids == (0, 1, 2, 3, 4, 7)
+    assert [draft + offset for draft, offset in enumerate(found.offsets)] == list(found.target_ids)
+
+
+def test_coverage_counts_tokens_not_kinds() -> None:
+    records = [
+        {"language": "en", "response_ids": [1, 1, 1, 9]},
+        {"language": "zh", "response_ids": [9, 9]},
+    ]
+    assert coverage(records, VocabularyMap((1, 2), 10), "language") == {"en": 0.75, "zh": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "fault"),
+    [({}, 4, "no response tokens"), ({50: 1}, 4, "token 50"), ({1: 1}, 99, "larger than")],
+)
+def test_vocabulary_faults_are_named(counts: dict[int, int], size: int, fault: str) -> None:
+    with pytest.raises(BadInput, match=fault):
+        choose_vocabulary(counts, size, 10)
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+
+def test_training_learns_a_deterministic_language(data: DraftData, target: Path) -> None:
+    before = train(target, SPEC.model_copy(update={"steps": 1}), data, lambda _: None).predicted
+    (data.workdir / TRAINING_STATE).unlink()
+    after = train(target, SPEC, data, lambda _: None)
+    assert after.predicted.drafts > 10, "too few held-out drafts to judge"
+    assert before.length < 2.0
+    assert after.predicted.length > 3.0
+    assert list(after.predicted.per_position) == sorted(after.predicted.per_position, reverse=True)
+    assert after.metrics["coverage"]["language"] == {"en": 1.0, "zh": 1.0}
+
+
+_TRAIN = """
+import sys
+from pathlib import Path
+from packager.draft.prepare import DraftData, target_digest
+from packager.draft.stage import train
+from packager.recipe import DraftSpec
+work, target = Path(sys.argv[1]), Path(sys.argv[2])
+spec = DraftSpec.model_validate_json((work / "spec.json").read_text())
+train(target, spec, DraftData(work, target_digest(target)), lambda line: print(line, flush=True))
+"""
+
+
+def test_training_killed_and_resumed_ends_with_the_same_bytes(
+    tmp_path: Path, data: DraftData, target: Path
+) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(data.workdir, twin)
+    script = [sys.executable, "-c", _TRAIN]
+    subprocess.run([*script, str(twin), str(target)], check=True, capture_output=True)
+
+    kills = 0
+    rng = random.Random(time.monotonic_ns())  # any moment will do; the claim holds for all of them
+    for _ in range(3):
+        child = subprocess.Popen(
+            [*script, str(data.workdir), str(target)], stdout=subprocess.PIPE, text=True, env=os.environ
+        )
+        assert child.stdout is not None
+        for line in child.stdout:
+            if "step" in line and "/" in line:
+                time.sleep(rng.random() * 0.3)
+                break
+        child.send_signal(signal.SIGKILL)
+        child.stdout.close()
+        kills += child.wait() == -signal.SIGKILL
+    assert kills, "the training was over before it could be killed"
+    lines = subprocess.run(
+        [*script, str(data.workdir), str(target)], check=True, capture_output=True, text=True
+    ).stdout
+    assert "goes on from step" in lines
+    assert (data.workdir / TRAINING_STATE).read_bytes() == (twin / TRAINING_STATE).read_bytes()
+
+
+def test_another_seed_starts_anew(data: DraftData, target: Path) -> None:
+    short = SPEC.model_copy(update={"steps": 4})
+    train(target, short, data, lambda _: None)
+    lines: list[str] = []
+    train(target, short.model_copy(update={"seed": 2}), data, lines.append)
+    assert not any("goes on" in line for line in lines)
+
+
+def _truncate(data: DraftData) -> None:
+    path = data.states / "000003.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _other_tokens(data: DraftData) -> None:
+    content = load_file(data.states / "000003.safetensors")
+    content["token_ids"] = content["token_ids"] + 1
+    save_file(content, data.states / "000003.safetensors")
+
+
+def _other_width(data: DraftData) -> None:
+    content = load_file(data.states / "000003.safetensors")
+    content["hidden_states"] = content["hidden_states"][..., :32].contiguous()
+    save_file(content, data.states / "000003.safetensors")
+
+
+def _no_file(data: DraftData) -> None:
+    (data.states / "000003.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [_truncate, _other_tokens, _other_width, _no_file])
+def test_damaged_states_are_named(damage: Any, data: DraftData, target: Path) -> None:
+    damage(data)
+    with pytest.raises(BadInput, match=r"000003\.safetensors"):
+        train(target, SPEC, data, lambda _: None)
+
+
+def test_states_of_another_target_are_refused(data: DraftData, target: Path) -> None:
+    (target / "config.json").write_text(json.dumps(TARGET | {"rope_theta": 5000.0}))
+    with pytest.raises(BadInput, match="not the one the hidden states were taken from"):
+        train(target, SPEC, data, lambda _: None)
+
+
+def test_a_torn_last_response_line_counts_for_nothing(data: DraftData) -> None:
+    with data.responses.open("a") as out:
+        out.write('{"index": 64, "id": "p64", "respo')
+    assert len(data.records()) == 64
+
+
+# ---- export and validator ---------------------------------------------------------------------------------
+
+
+def test_export_is_sealed_and_complete(exported: Path) -> None:
+    manifest = check(exported)
+    assert {entry.path for entry in manifest.files} == {"config.json", "model.safetensors", "training.json"}
+    tensors = load_file(exported / "model.safetensors")
+    config = json.loads((exported / "config.json").read_text())
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == tensor_shapes(config)
+    assert manifest.metrics["predicted_acceptance"]["length"] > 3.0
+
+
+def test_export_passes_the_validator(exported: Path) -> None:
+    assert validate_draft(exported, TARGET) == []
+
+
+def test_draft_config_states_yarn_and_both_engines_layers(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "yarn"
+    assert config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["max_position_embeddings"] == 2048
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    assert "partial_rotary_factor" not in config["rope_parameters"]
+
+
+_CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"eos_token_id": VOCAB}, "eos_token_id 96 is beyond"),
+    ({"bos_token_id": 151643}, "bos_token_id 151643 is beyond"),
+    ({"bos_token_id": 5}, "the target's is 0"),
+    ({"rope_theta": None, "rope_parameters": None, "rope_scaling": None}, "no rope_theta"),
+    ({"rope_parameters": None, "rope_scaling": None}, "rope factor is None"),
+    ({"rope_scaling": {**YARN, "factor": 2.0}}, "contradict"),
+    ({"rope_scaling": {**YARN, "type": "linear"}}, "two types"),
+    ({"max_position_embeddings": 512}, "the target reaches 2048"),
+    ({"vocab_size": 100}, "vocab_size is 100"),
+    ({"draft_vocab_size": 47}, "expected [47"),
+    ({"norm_before_residual": True}, "SGLang does not know"),
+    ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+    ({"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}, "different layers"),
+    ({"eagle_aux_hidden_state_layer_ids": [1, 2, 5]}, "not ascending layers"),
+    ({"eagle_config": None}, "missing from eagle_config"),
+    ({"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None}, "no aux layer ids"),
+    ({"intermediate_size": None}, "has no intermediate_size"),
+]
+
+
+@pytest.mark.parametrize(("change", "fault"), _CONFIG_FAULTS)
+def test_validator_finds_faults_of_the_config(
+    exported: Path, tmp_path: Path, change: dict[str, Any], fault: str
+) -> None:
+    copy = shutil.copytree(exported, tmp_path / "draft")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    assert any(fault in problem for problem in validate_draft(copy, TARGET)), validate_draft(copy, TARGET)
+
+
+def _rename(tensors: dict[str, Any]) -> None:
+    tensors["layers.0.hidden_norm.weight"] = tensors.pop("midlayer.hidden_norm.weight")
+
+
+def _beyond(tensors: dict[str, Any]) -> None:
+    tensors["d2t"][-1] = VOCAB
+
+
+def _twice(tensors: dict[str, Any]) -> None:
+    tensors["d2t"][1] = tensors["d2t"][0] - 1
+
+
+def _wrong_mark(tensors: dict[str, Any]) -> None:
+    tensors["t2d"][0] = ~tensors["t2d"][0]
+
+
+def _narrow_ids(tensors: dict[str, Any]) -> None:
+    tensors["d2t"] = tensors["d2t"].int()
+
+
+def _short_fc(tensors: dict[str, Any]) -> None:
+    tensors["fc.weight"] = tensors["fc.weight"][:, : 2 * HIDDEN].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (_rename, "midlayer.hidden_norm.weight is missing"),
+        (_rename, "older SGLang knows midlayer"),
+        (_beyond, "beyond the vocabulary"),
+        (_twice, "not injective"),
+        (_wrong_mark, "t2d marks other tokens"),
+        (_narrow_ids, "d2t is I32"),
+        (_short_fc, "fc.weight has shape"),
+    ],
+)
+def test_validator_finds_faults_of_the_tensors(
+    exported: Path, tmp_path: Path, change: Any, fault: str
+) -> None:
+    copy = shutil.copytree(exported, tmp_path / "draft")
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors")
+    assert any(fault in problem for problem in validate_draft(copy, TARGET)), validate_draft(copy, TARGET)
+
+
+@pytest.mark.parametrize("name", ["training_state.pt", "optimizer.bin"])
+def test_validator_finds_left_over_files(exported: Path, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(exported, tmp_path / "draft")
+    (copy / name).touch()
+    assert validate_draft(copy, TARGET) == [f"{name} does not belong into a published draft"]
+
+
+# ---- prompts and preparation ------------------------------------------------------------------------------
+
+
+def test_prompts_are_read_once_each_and_finished_chats_are_answered_anew() -> None:
+    chat = [{"role": "user", "content": "a"}]
+    lines = [
+        json.dumps({"id": "x", "messages": chat, "language": "en"}),
+        "",
+        json.dumps({"messages": [*chat, {"role": "assistant", "content": "b"}]}),
+    ]
+    found = read_prompts(lines, "file")
+    assert [(prompt["id"], prompt["messages"], prompt["language"]) for prompt in found] == [("x", chat, "en")]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"text": "hello"}', "no `messages`"),
+        ('{"messages": [{"role": "user"}]}', "no `messages`"),
+        ('{"messages": [{"role": "system", "content": "s"}]}', "nobody asks"),
+        ("", "no prompts"),
+    ],
+)
+def test_bad_prompts_are_named(line: str, fault: str) -> None:
+    with pytest.raises(BadInput, match=fault):
+        read_prompts([line], "prompts.jsonl")
+
+
+@pytest.mark.parametrize("layers", [(), (2, 1), (1, 1), (0, 1, 2), (1, 2, 5)])
+def test_impossible_aux_layers_are_refused_before_an_engine_starts(
+    target: Path, tmp_path: Path, layers: tuple[int, ...]
+) -> None:
+    spec = SPEC.model_copy(update={"aux_layers": layers})
+    prompts = [{"id": "a", "messages": [], "task": "t", "language": "en"}]
+    with pytest.raises(BadInput, match="aux layers"):
+        prepare(target, spec, prompts, tmp_path / "work", lambda _: None)
+    assert not (tmp_path / "work").exists()
+
+
+def test_preparing_needs_a_checkpoint_and_prompts(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput):
+        prepare(tmp_path / "nothing", SPEC, [{}], tmp_path / "work", lambda _: None)
+    with pytest.raises(BadInput, match="no prompts"):
+        prepare(target, SPEC, [], tmp_path / "work", lambda _: None)
+
+
+# ---- acceptance -------------------------------------------------------------------------------------------
+
+
+def test_acceptance_comes_from_the_growth_of_the_counters() -> None:
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+    before = {
+        "vllm:spec_decode_num_drafts": 10.0,
+        "vllm:spec_decode_num_accepted_tokens": 12.0,
+        f"{name}:0": 8.0,
+    }
+    after = {
+        "vllm:spec_decode_num_drafts": 110.0,
+        "vllm:spec_decode_num_accepted_tokens": 192.0,
+        f"{name}:0": 88.0,
+        f"{name}:1": 60.0,
+        f"{name}:2": 40.0,
+    }
+    report = acceptance_from_metrics(before, after)
+    assert (report.drafts, report.accepted) == (100, 180)
+    assert report.length == pytest.approx(2.8)
+    assert report.per_position == pytest.approx((0.8, 0.6, 0.4))
+    assert sum(report.per_position) == pytest.approx(report.length - 1)
+
+
+@pytest.mark.parametrize(
+    "after", [{}, {"vllm:spec_decode_num_drafts": 0.0, "vllm:spec_decode_num_accepted_tokens": 0.0}]
+)
+def test_a_server_that_drafts_nothing_is_not_measured(after: dict[str, float]) -> None:
+    with pytest.raises(BadInput):
+        acceptance_from_metrics({}, after)
+
+
+# ---- command line -----------------------------------------------------------------------------------------
+
+
+def test_train_and_export_verbs_give_json(data: DraftData, target: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    arguments = [str(target), str(data.workdir)]
+    trained = runner.invoke(command, ["train", *arguments, "--json"], catch_exceptions=False)
+    assert json.loads(trained.stdout)["steps"] == SPEC.steps
+    result = runner.invoke(
+        command, ["export", *arguments, str(tmp_path / "out"), "--json"], catch_exceptions=False
+    )
+    assert json.loads(result.stdout)["digest"] == check(tmp_path / "out").digest
+    checked = runner.invoke(
+        command, ["evaluate", str(target), str(tmp_path / "out"), "--check-only", "--json"]
+    )
+    assert (checked.exit_code, json.loads(checked.stdout)) == (0, {"problems": []})
+
+
+def test_export_without_training_is_refused(data: DraftData, target: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, ["export", str(target), str(data.workdir), str(tmp_path / "out")])
+    assert isinstance(result.exception, BadInput)
+    assert not (tmp_path / "out").exists()
