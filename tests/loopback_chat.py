@@ -17,14 +17,14 @@ Token = tuple[str, float, list[tuple[str, float]]]
 class LoopbackChat:
     """Context manager. `answer` maps the last message to text, or to a list of tokens.
 
-    `faults` is consulted for each request with (message, how often it was asked before) and may return an HTTP
-    status, "disconnect", "rubbish", or a number of seconds to wait; None means no fault.
+    `faults` is consulted for each request with (message, how often it was asked before) and may return an
+    HTTP status (int), "disconnect", "rubbish", or seconds to wait (float); None means no fault.
     """
 
     def __init__(
         self,
         answer: Callable[[str], str | list[Token]],
-        faults: Callable[[str, int], int | float | str | None] = lambda message, before: None,
+        faults: Callable[[str, int], int | float | str | None] = lambda *_: None,
         *,
         model: str = "model",
         max_characters: int | None = None,
@@ -38,6 +38,7 @@ class LoopbackChat:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -63,7 +64,11 @@ class LoopbackChat:
                 self.end_headers()
                 self.wfile.write(data)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                """A client that hung up is part of the tests, not worth a traceback."""
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 

@@ -27,7 +27,7 @@ def endpoint(url: str, **options: float) -> Endpoint:
 
 
 def test_answers_come_in_the_order_of_the_requests_whatever_order_they_arrive_in(tmp_path: Path) -> None:
-    def slow_first(message: str, before: int) -> float:
+    def slow_first(message: str, _: int) -> float:
         return 0.2 if message == "question 0" else 0.0
 
     with LoopbackChat(lambda m: m.upper(), slow_first) as server:
@@ -38,7 +38,7 @@ def test_answers_come_in_the_order_of_the_requests_whatever_order_they_arrive_in
 
 def test_the_settings_asked_for_are_those_sent_and_those_recorded(tmp_path: Path) -> None:
     sampling = Sampling(temperature=0.0, top_p=0.9, seed=11, max_tokens=17, top_logprobs=3)
-    with LoopbackChat(lambda m: "ok") as server:
+    with LoopbackChat(lambda _: "ok") as server:
         endpoint(server.url).complete(questions(1), sampling, subject="s", cache=tmp_path)
         sent = server.bodies[0]
     asked = {k: sent[k] for k in ("temperature", "top_p", "seed", "max_tokens", "logprobs", "top_logprobs")}
@@ -52,15 +52,15 @@ def test_the_settings_asked_for_are_those_sent_and_those_recorded(tmp_path: Path
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "disconnect", "rubbish"])
 def test_a_passing_fault_is_tried_again(tmp_path: Path, fault: int | str) -> None:
-    with LoopbackChat(lambda m: "ok", lambda m, before: fault if before < 2 else None) as server:
+    with LoopbackChat(lambda _: "ok", lambda _, before: fault if before < 2 else None) as server:
         got = endpoint(server.url).complete(questions(3), Sampling(), subject="s", cache=tmp_path)
         assert [c.text for c in got] == ["ok"] * 3
         assert set(server.asked.values()) == {3}
 
 
 def test_a_stalled_request_times_out_and_is_tried_again(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok", lambda m, before: 5.0 if before == 0 else None) as server:
-        got = endpoint(server.url, timeout_s=0.3).complete(
+    with LoopbackChat(lambda _: "ok", lambda _, before: 8.0 if before == 0 else None) as server:
+        got = endpoint(server.url, timeout_s=2.0).complete(
             questions(1), Sampling(), subject="s", cache=tmp_path
         )
         assert got[0].text == "ok"
@@ -70,10 +70,10 @@ def test_a_stalled_request_times_out_and_is_tried_again(tmp_path: Path) -> None:
 def test_retries_are_bounded_and_what_was_answered_is_kept_and_never_asked_again(tmp_path: Path) -> None:
     broken = True
 
-    def fault(message: str, before: int) -> int | None:
+    def fault(message: str, _: int) -> int | None:
         return 500 if broken and message == "question 4" else None
 
-    with LoopbackChat(lambda m: "ok", fault) as server:
+    with LoopbackChat(lambda _: "ok", fault) as server:
         client = endpoint(server.url, concurrency=1, attempts=3)
         with pytest.raises(ServerUnreachable, match=r"'q4' in 3 attempts; last: HTTP 500"):
             client.complete(questions(8), Sampling(), subject="s", cache=tmp_path)
@@ -87,7 +87,7 @@ def test_retries_are_bounded_and_what_was_answered_is_kept_and_never_asked_again
 
 
 def test_a_full_cache_needs_no_server_and_starts_none(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok") as server:
+    with LoopbackChat(lambda _: "ok") as server:
         endpoint(server.url).complete(questions(3), Sampling(), subject="s", cache=tmp_path)
 
     def start() -> str:
@@ -98,7 +98,7 @@ def test_a_full_cache_needs_no_server_and_starts_none(tmp_path: Path) -> None:
 
 
 def test_other_weights_or_other_sampling_are_asked_anew(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok") as server:
+    with LoopbackChat(lambda _: "ok") as server:
         client = endpoint(server.url)
         client.complete(questions(1), Sampling(), subject="a", cache=tmp_path)
         client.complete(questions(1), Sampling(), subject="b", cache=tmp_path)
@@ -108,21 +108,21 @@ def test_other_weights_or_other_sampling_are_asked_anew(tmp_path: Path) -> None:
 
 def test_equal_conversations_are_asked_once(tmp_path: Path) -> None:
     twins = [Request(id=i, messages=(Message(role="user", content="same"),)) for i in ("a", "b")]
-    with LoopbackChat(lambda m: "ok") as server:
+    with LoopbackChat(lambda _: "ok") as server:
         got = endpoint(server.url).complete(twins, Sampling(), subject="s", cache=tmp_path)
         assert [c.id for c in got] == ["a", "b"]
         assert server.asked["same"] == 1
 
 
 def test_no_more_requests_are_in_flight_than_allowed(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok", lambda m, before: 0.05) as server:
+    with LoopbackChat(lambda _: "ok", lambda *_: 0.05) as server:
         endpoint(server.url, concurrency=3).complete(questions(12), Sampling(), subject="s", cache=tmp_path)
         assert server.most_busy == 3
 
 
 def test_an_unknown_model_is_named_with_those_served(tmp_path: Path) -> None:
     with (
-        LoopbackChat(lambda m: "ok", model="other") as server,
+        LoopbackChat(lambda _: "ok", model="other") as server,
         pytest.raises(MeasurementError, match="'other'"),
     ):
         endpoint(server.url).complete(questions(1), Sampling(), subject="s", cache=tmp_path)
@@ -136,7 +136,7 @@ def test_nobody_listening_is_said(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_off_by_a_kill_is_asked_again_and_the_rest_is_kept(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok") as server:
+    with LoopbackChat(lambda _: "ok") as server:
         client = endpoint(server.url, concurrency=1)
         client.complete(questions(4), Sampling(), subject="s", cache=tmp_path)
         (path,) = tmp_path.iterdir()
@@ -147,7 +147,7 @@ def test_a_line_cut_off_by_a_kill_is_asked_again_and_the_rest_is_kept(tmp_path: 
 
 
 def test_a_damaged_line_in_the_middle_is_an_error_not_a_silent_loss(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok") as server:
+    with LoopbackChat(lambda _: "ok") as server:
         client = endpoint(server.url)
         client.complete(questions(3), Sampling(), subject="s", cache=tmp_path)
         (path,) = tmp_path.iterdir()
@@ -173,7 +173,7 @@ def _run_until_killed(url: str, cache: str) -> None:
 
 
 def test_a_client_killed_in_the_middle_loses_no_answer_and_asks_none_twice(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok " + m, lambda m, before: 0.03) as server:
+    with LoopbackChat(lambda m: "ok " + m, lambda *_: 0.03) as server:
         process = multiprocessing.get_context("spawn").Process(
             target=_run_until_killed, args=(server.url, str(tmp_path))
         )
@@ -195,7 +195,7 @@ def test_a_client_killed_in_the_middle_loses_no_answer_and_asks_none_twice(tmp_p
 
 
 def test_a_prompt_that_is_too_long_is_an_answer_only_where_that_is_asked_for(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok", max_characters=5) as server:
+    with LoopbackChat(lambda _: "ok", max_characters=5) as server:
         client = endpoint(server.url)
         got = client.complete(questions(1), Sampling(), subject="s", cache=tmp_path, refusals=True)
         assert got[0].finish_reason == "refused"
@@ -204,9 +204,12 @@ def test_a_prompt_that_is_too_long_is_an_answer_only_where_that_is_asked_for(tmp
 
 
 def test_a_log_probability_that_is_not_finite_is_no_answer(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: [("x", float("nan"), [("x", float("nan"))])]) as server:
-        with pytest.raises(ServerUnreachable, match="not finite"):
-            endpoint(server.url, attempts=2).complete(questions(1), Sampling(), subject="s", cache=tmp_path)
+    nan = float("nan")
+    with (
+        LoopbackChat(lambda _: [("x", nan, [("x", nan)])]) as server,
+        pytest.raises(ServerUnreachable, match="not finite"),
+    ):
+        endpoint(server.url, attempts=2).complete(questions(1), Sampling(), subject="s", cache=tmp_path)
 
 
 def test_completions_survive_json() -> None:

@@ -1,4 +1,4 @@
-"""Accuracy, identity, long records and decode speed, measured through HTTP on a server that answers by rule."""
+"""Accuracy, identity, long records and decode speed, measured on a server that answers by rule."""
 
 from __future__ import annotations
 
@@ -103,15 +103,15 @@ def test_a_comparison_pairs_the_items_and_lists_every_flip(tmp_path: Path) -> No
 
 def test_a_ruined_model_is_inferior(tmp_path: Path) -> None:
     items = [item(f"q{k}", "yes") for k in range(40)]
-    with LoopbackChat(lambda m: "Answer: yes") as server:
+    with LoopbackChat(lambda _: "Answer: yes") as server:
         good = measure_accuracy(server.url, "model", items, subject="a", cache=tmp_path, label="BF16")
-    with LoopbackChat(lambda m: "Answer: no") as server:
+    with LoopbackChat(lambda _: "Answer: no") as server:
         bad = measure_accuracy(server.url, "model", items, subject="b", cache=tmp_path, label="broken")
     assert compare_accuracy(good, bad, margin_points=2).overall.verdict == "inferior"
 
 
 def test_runs_over_other_items_or_other_sampling_do_not_pair(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "Answer: yes") as server:
+    with LoopbackChat(lambda _: "Answer: yes") as server:
 
         def run(items: list[Item], **sampling: Any) -> Any:
             return measure_accuracy(
@@ -228,7 +228,7 @@ def test_identity_needs_greedy_sampling_with_log_probabilities(tmp_path: Path) -
 
 def test_accuracy_and_identity_share_their_answers(tmp_path: Path) -> None:
     items = [item(f"q{k}", "yes") for k in range(5)]
-    with LoopbackChat(lambda m: "Answer: yes") as server:
+    with LoopbackChat(lambda _: "Answer: yes") as server:
         measure_accuracy(server.url, "model", items, subject="a", cache=tmp_path, label="x")
         run = collect_outputs(server.url, "model", items[:3], subject="a", cache=tmp_path, label="x")
         assert len(run.outputs) == 3
@@ -295,7 +295,7 @@ def test_a_long_item_without_its_length_is_refused(tmp_path: Path) -> None:
 
 def test_decode_speed_counts_the_servers_tokens_and_is_kept(tmp_path: Path) -> None:
     prompts = [item("a", "1"), item("b", "1")]
-    with LoopbackChat(lambda m: "one two three four five") as server:
+    with LoopbackChat(lambda _: "one two three four five") as server:
         speed = measure_decode_speed(
             server.url, "model", prompts, subject="s", cache=tmp_path, label="FP8", repeats=2
         )
@@ -311,7 +311,7 @@ def test_decode_speed_counts_the_servers_tokens_and_is_kept(tmp_path: Path) -> N
 
 
 def test_answers_of_one_token_give_no_decode_speed(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "one") as server, pytest.raises(MeasurementError, match="two tokens"):
+    with LoopbackChat(lambda _: "one") as server, pytest.raises(MeasurementError, match="two tokens"):
         measure_decode_speed(
             server.url, "model", [item("a", "1")], subject="s", cache=tmp_path, label="FP8", repeats=1
         )

@@ -301,11 +301,12 @@ class AnswerFile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
+            os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
 
     def add(self, key: str, completion: Completion) -> None:
-        """Append one answer; it is on disk when this returns."""
+        """Append one answer; from here on a killed process does not lose it."""
         record = {"key": key, "completion": completion.model_dump(mode="json")}
         with self._lock:
             assert self._file is not None
@@ -336,7 +337,6 @@ class AnswerFile:
     def _append(file: IO[bytes], record: dict[str, Any]) -> None:
         file.write(canonical_json(record).encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())
 
 
 def _parse(identity: str, body: dict[str, Any], seconds: float) -> Completion:

@@ -39,8 +39,11 @@ def mcnemar_exact(only_reference: int, only_candidate: int) -> float:
     if discordant == 0:
         return 1.0
     smaller = min(only_reference, only_candidate)
-    tail = sum(math.comb(discordant, k) for k in range(smaller + 1))
-    # Integers until the last step: exact for any count. 2 * tail / 2**n, at most 1.
+    # Integers until the last step, so exact for any count: 2 * (sum of binomials) / 2**discordant, at most 1.
+    term = tail = 1
+    for k in range(smaller):
+        term = term * (discordant - k) // (k + 1)
+        tail += term
     return min(1.0, tail / (1 << (discordant - 1)))
 
 

@@ -80,9 +80,17 @@ def _differences(report: Report) -> Markup:
     for i, comparison in enumerate(report.comparisons):
         rows = []
         for p in (comparison.overall, *comparison.by_task):
-            text = f"{signed(p.difference_points)} ({signed(p.low_points)} to {signed(p.high_points)})"
             name = "all" if p is comparison.overall else p.scope
-            rows.append(Row(name, p.difference_points, text, _tone(i + 1), p.low_points, p.high_points))
+            rows.append(
+                Row(
+                    name,
+                    p.difference_points,
+                    signed(p.difference_points),
+                    _tone(i + 1),
+                    p.low_points,
+                    p.high_points,
+                )
+            )
             reach += [p.low_points, p.high_points]
         groups.append(Group(f"{comparison.candidate} against {comparison.reference}", rows))
     marks = [(0.0, "zero"), *((m, "margin") for m in margins)]

@@ -1,7 +1,7 @@
-"""Inline SVG without a view box: horizontal positions in per cent, sizes in pixels.
+"""Plots as a grid of rows: a label, a small inline SVG with positions in per cent, and the figure.
 
-Such a picture follows the width of the page while its text keeps its size, so that one drawing is legible on
-a phone, on a desk and in print.
+Such a plot follows the width of the page while its text keeps its size, so that one drawing is legible on a
+phone, on a desk and in print. Rows touch, so lines through all of them look continuous.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-_ROW = 30
-_HEAD = 26
-_AXIS = 30
+_ROW_HEIGHT = 26
+_MIDDLE = _ROW_HEIGHT // 2
 
 
 class Row(NamedTuple):
-    """One value with its interval, drawn on a line of its own."""
+    """One value with its interval."""
 
     label: str
     value: float
@@ -31,14 +30,14 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Rows under one heading; an empty heading takes no room."""
+    """Rows under one heading."""
 
     heading: str
     rows: Sequence[Row]
 
 
 class Scale(NamedTuple):
-    """A linear axis: its ends, where its labels stand, and how they read."""
+    """A linear axis: its ends, and where its labels stand."""
 
     low: float
     high: float
@@ -57,113 +56,95 @@ def intervals(
 
     Args:
         title: read out by screen readers.
-        marks: full-height lines at a value, each with a CSS class (`zero`, `margin`).
+        marks: lines through all rows at a value, each with a CSS class (`zero`, `margin`).
     """
-    body: list[Markup] = []
 
-    def mark(row: Row, y: int) -> None:
+    def mark(row: Row) -> Markup:
+        parts = Markup("")
         if row.low is not None and row.high is not None:
-            low, high = scale.percent(row.low), scale.percent(row.high)
-            body.append(
-                Markup('<line class="span {}" x1="{}%" x2="{}%" y1="{}" y2="{}"/>').format(
-                    row.tone, low, high, y, y
-                )
+            parts += _line(
+                f"span {row.tone}", scale.percent(row.low), scale.percent(row.high), _MIDDLE, _MIDDLE
             )
         if row.reference is not None:
             x = scale.percent(row.reference)
-            body.append(
-                Markup('<line class="tick" x1="{}%" x2="{}%" y1="{}" y2="{}"/>').format(x, x, y - 6, y + 6)
-            )
-        body.append(
-            Markup('<circle class="dot {}" cx="{}%" cy="{}" r="4.5"/>').format(
-                row.tone, scale.percent(row.value), y
-            )
+            parts += _line("tick", x, x, _MIDDLE - 6, _MIDDLE + 6)
+        return parts + Markup('<circle class="dot {}" cx="{}%" cy="{}" r="4.5"/>').format(
+            row.tone, scale.percent(row.value), _MIDDLE
         )
 
-    return _figure(title, groups, scale, marks, body, mark)
+    return _grid(title, groups, scale, marks, mark)
 
 
 def bars(title: str, groups: Sequence[Group], scale: Scale) -> Markup:
-    """Horizontal bars from the axis' low end."""
-    body: list[Markup] = []
+    """Horizontal bars from the low end of the axis."""
 
-    def mark(row: Row, y: int) -> None:
-        body.append(
-            Markup('<rect class="bar {}" x="0" width="{}%" y="{}" height="8" rx="1.5"/>').format(
-                row.tone, max(0.3, scale.percent(row.value)), y - 4
-            )
+    def mark(row: Row) -> Markup:
+        return Markup('<rect class="bar {}" x="0" width="{}%" y="{}" height="10" rx="1.5"/>').format(
+            row.tone, max(0.3, scale.percent(row.value)), _MIDDLE - 5
         )
 
-    return _figure(title, groups, scale, (), body, mark)
+    return _grid(title, groups, scale, (), mark)
 
 
-def _figure(
+def _grid(
     title: str,
     groups: Sequence[Group],
     scale: Scale,
     marks: Sequence[tuple[float, str]],
-    body: list[Markup],
-    mark: Callable[[Row, int], None],
+    mark: Callable[[Row], Markup],
 ) -> Markup:
-    texts: list[Markup] = []
-    y = 4
-    top = y
-    for group in groups:
-        if group.heading:
-            texts.append(Markup('<text class="head" x="0" y="{}">{}</text>').format(y + 15, group.heading))
-            y += _HEAD
-        for row in group.rows:
-            texts.append(Markup('<text class="label" x="0" y="{}">{}</text>').format(y + 10, row.label))
-            texts.append(Markup('<text class="value" x="100%" y="{}">{}</text>').format(y + 10, row.text))
-            # The track is drawn first, so the mark lies on top of it.
-            body.append(Markup('<line class="track" x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(y + 20))
-            mark(row, y + 20)
-            y += _ROW
-        y += 8
-    bottom = y
-    grid: list[Markup] = []
-    for value, label in scale.ticks:
-        x = scale.percent(value)
-        anchor = "start" if x < 4 else "end" if x > 96 else "middle"
-        texts.append(
-            Markup('<text class="axis" x="{}%" y="{}" text-anchor="{}">{}</text>').format(
-                x, bottom + 14, anchor, label
-            )
-        )
-    for value, kind in marks:
-        x = scale.percent(value)
-        grid.append(
-            Markup('<line class="{}" x1="{}%" x2="{}%" y1="{}" y2="{}"/>').format(kind, x, x, top, bottom)
-        )
-    height = bottom + _AXIS - 8
-    return Markup('<svg class="plot" role="img" width="100%" height="{}"><title>{}</title>{}</svg>').format(
-        height, escape(title), Markup("").join([*grid, *body, *texts])
+    through = Markup("").join(
+        _line(kind, scale.percent(value), scale.percent(value), 0, _ROW_HEIGHT) for value, kind in marks
     )
+    track = _line("track", 0, 100, _MIDDLE, _MIDDLE)
+    parts = [Markup('<div class="plot" role="group" aria-label="{}">').format(title)]
+    for group in groups:
+        parts.append(Markup('<div class="head">{}</div>').format(group.heading))
+        for row in group.rows:
+            drawing = Markup('<svg height="{}" aria-hidden="true">{}</svg>').format(
+                _ROW_HEIGHT, track + through + mark(row)
+            )
+            parts.append(
+                Markup('<div class="label">{}</div>{}<div class="value">{}</div>').format(
+                    row.label, drawing, row.text
+                )
+            )
+    labels = Markup("").join(_tick_label(scale.percent(value), label) for value, label in scale.ticks)
+    parts.append(
+        Markup('<div></div><svg height="18" aria-hidden="true">{}</svg><div></div></div>').format(labels)
+    )
+    return Markup("").join(parts)
+
+
+def _line(kind: str, x1: float, x2: float, y1: int, y2: int) -> Markup:
+    return Markup('<line class="{}" x1="{}%" x2="{}%" y1="{}" y2="{}"/>').format(kind, x1, x2, y1, y2)
+
+
+def _tick_label(x: float, label: str) -> Markup:
+    anchor = "start" if x < 4 else "end" if x > 96 else "middle"
+    return Markup('<text x="{}%" y="13" text-anchor="{}">{}</text>').format(x, anchor, label)
 
 
 def share_scale() -> Scale:
     """0 to 100 %."""
-    return Scale(0.0, 1.0, [(t / 100, f"{t} %") for t in (0, 25, 50, 75, 100)])
+    return Scale(0.0, 1.0, [(t / 100, f"{t} %") for t in (0, 50, 100)])
 
 
 def points_scale(values: Sequence[float]) -> Scale:
     """Symmetric about zero, wide enough for all values, in percentage points."""
     reach = max([1.0, *(abs(v) for v in values)])
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if s * 3 >= reach or s == 100)
-    end = step * max(1, -(-reach // step))
-    ticks = [
-        (t, ("+" if t > 0 else "\N{MINUS SIGN}" if t < 0 else "") + f"{abs(t):g}") for t in (-end, 0.0, end)
-    ]
-    return Scale(-end, end, ticks)
+    step = next((s for s in (1, 2, 5, 10, 20, 50) if s * 3 >= reach), 50)
+    end = step * max(1, -int(-reach // step))
+    return Scale(-end, end, [(-end, f"\N{MINUS SIGN}{end:g}"), (0.0, "0"), (end, f"+{end:g}")])
 
 
 def speed_scale(values: Sequence[float]) -> Scale:
-    """From zero to a round number above all values."""
+    """From zero to a round number at or above all values."""
     top = max([1e-9, *values])
-    magnitude = 1.0
+    magnitude = 1e-9
     while magnitude * 10 <= top:
         magnitude *= 10
-    while magnitude > top:
-        magnitude /= 10
-    end = next(m * magnitude for m in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if m * magnitude >= top)
+    end = next(
+        m * magnitude for m in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if m * magnitude >= top * (1 - 1e-9)
+    )
     return Scale(0.0, end, [(0.0, "0"), (end / 2, f"{end / 2:g}"), (end, f"{end:g}")])

@@ -121,6 +121,7 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
     )
     environment.filters |= {
         "percent": percent,
+        "range": lambda share: f"{100 * share.low:.1f} – {100 * share.high:.1f}",
         "signed": signed,
         "figure": figure,
         "plain": _plain,
