@@ -63,8 +63,9 @@ def verify_bundle(
     if progress:
         progress(f"hashing {len(manifest.files)} files, {total / 1e9:.2f} GB")
     _refuse(path, _layout_problems(path, manifest))
-    _refuse(path, _byte_problems(path, manifest))
+    # Before hashing: it costs nothing, and a changed manifest would put the blame on another file.
     signer = _check_signature(path, manifest, public_key)
+    _refuse(path, _byte_problems(path, manifest))
     lock = read_lock(path)
     _refuse(path, [*chain_problems(lock), *_origin_problems(manifest, lock), *_evidence_problems(path, lock)])
     return VerifiedBundle(
@@ -119,11 +120,16 @@ def _layout_problems(root: Path, manifest: Manifest) -> list[str]:
 
 
 def _link_targets(root: Path) -> list[Path]:
-    """Where a symlink may lead: into `blobs/` of the hub cache, if the bundle is a snapshot there."""
-    real = root.resolve()
-    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
-        return [real.parent.parent / "blobs"]
-    return []
+    """Where a symlink may lead if the bundle is a snapshot in a hub cache.
+
+    CACHE/models--org--name/snapshots/REVISION links into `blobs/` beside it, and Xet files from there into
+    CACHE/blobs, which repositories share (huggingface_hub's `_shared_blobs.py`).
+    """
+    snapshots = root.resolve().parent
+    repository = snapshots.parent
+    if snapshots.name != "snapshots" or not repository.name.startswith("models--"):
+        return []
+    return [repository / "blobs", repository.parent / "blobs"]
 
 
 def _byte_problems(root: Path, manifest: Manifest) -> list[str]:
