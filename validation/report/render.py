@@ -102,10 +102,10 @@ def figure(value: float | None, unit: str = "") -> str:
     if value is None:
         return "not measured"
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    text = text.replace("-", "\N{MINUS SIGN}")
-    if not unit:
-        return text
-    return f"{text}{unit}" if unit == "×" else f"{text} {unit}"
+    text = "0" if text == "-0" else text.replace("-", "\N{MINUS SIGN}")
+    if unit in ("x", "×"):
+        return f"{text}×"
+    return f"{text} {unit}".rstrip()
 
 
 def _plain(value: str | int | float) -> str:
