@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 SERVED_NAME = "model"
+STARTUP_TIMEOUT_S = 1800.0
+"""Reading 200 GB from a slow disk takes this long; an engine that dies is noticed at once."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Served:
 
             self.say(f"serving {self.label}")
             self.log.parent.mkdir(parents=True, exist_ok=True)
-            server = Server(self.spec(), self.log)
+            server = Server(self.spec(), self.log, startup_timeout_s=STARTUP_TIMEOUT_S)
             server.start()
             self._server = server
         return self._server.url
