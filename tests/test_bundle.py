@@ -288,6 +288,8 @@ def test_the_card_is_read_by_the_hub_library_and_carries_the_measured_figures(re
     assert "served **dequantized**" in text
     assert "## Inherited, not measured here" in text
     assert "| fast \\| very | card of org/base |" in text
+    assert "| Weights | 0.02 MB, fp8-block" in text
+    assert text.endswith("it too.\n\nLicence: apache-2.0; see [LICENSE-NOTE.md](LICENSE-NOTE.md).\n")
     assert "### Speed\n\nNot measured." in text
     assert "### Long records\n\nNot measured." in text
 

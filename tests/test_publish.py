@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -266,6 +268,10 @@ def test_a_rehearsal_goes_there_and_back(bundle: Path, stages: Stages, tmp_path:
     assert result.download == target
     assert result.files == len(read_manifest(bundle).files)
     assert verify_bundle(target, stages.public_key).digest == digest_of(bundle)
+    newer = make_stages(tmp_path / "newer", seed=1)
+    newer.bundle(tmp_path / "b")
+    rehearse(tmp_path / "b", REPO, tmp_path / "hub", target, lines.append, tag="v1")
+    assert verify_bundle(target).digest == digest_of(tmp_path / "b")
     with pytest.raises(BadInput, match="something else"):
         rehearse(bundle, REPO, tmp_path / "hub", stages.root, lines.append)
 
@@ -360,3 +366,18 @@ def test_a_published_bundle_is_verified_from_the_hub(bundle: Path, stages: Stage
         download(REPO, "no-such-tag", endpoint=hub.url)
     with pytest.raises(RemoteFailure):
         download("rehearsal/none", None, endpoint=hub.url)
+
+
+def test_verifying_and_publishing_need_only_the_base_install(bundle: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from packager.cli import run
+assert run(["verify", {str(bundle)!r}]) == 0
+folders = ["--hub-dir", {str(tmp_path / "hub")!r}, "--download-dir", {str(tmp_path / "down")!r}]
+assert run(["publish", {str(bundle)!r}, "hf://{REPO}", "--rehearse", *folders]) == 0
+heavy = {{"torch", "transformers", "vllm", "scipy", "matplotlib", "psutil", "tokenizers", "validation"}}
+print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"

@@ -30,10 +30,9 @@ from packager.bundle.contents import TOLERATED, path_problem
 from packager.bundle.lock import LOCK_NAME, Lock, build_lock
 from packager.bundle.serve_profiles import serve_yaml
 from packager.bundle.signature import SIGNATURE_NAME, open_signature, private_fingerprint, sign
+from packager.bundle.verify import STAGE
 from packager.errors import BadInput
 from packager.recipe import Recipe
-
-STAGE = "bundle"
 
 
 def assemble(

@@ -54,7 +54,7 @@ def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signe
         report=report,
         draft=draft,
         signer=signer,
-        weights_gb=weights / 1e9,
+        weights=f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB",
         profiles=profiles(recipe, draft=draft),
         served_name=served_name(recipe),
         address=f"http://{HOST}:{PORT}",

@@ -18,6 +18,8 @@ from packager.bundle.lock import unmeasured_stages as unmeasured
 from packager.bundle.signature import SIGNATURE_NAME, open_signature
 from packager.errors import BadInput, IntegrityFailure
 
+STAGE = "bundle"
+"""What a bundle's manifest calls itself."""
 GENERATED = frozenset({LOCK_NAME, "README.md", "LICENSE-NOTE.md", "serve.yaml"})
 """Files at the top of a bundle that no stage made: they are written when it is assembled."""
 _REMEDY = "Remove the directory and get the bundle again from its publisher."

@@ -40,9 +40,8 @@ def _located(what: str) -> Path:
 
 def _verified(path: Path, key: Path | None) -> dict[str, Any]:
     from packager.artifact import check, read_manifest
-    from packager.bundle.assemble import STAGE
     from packager.bundle.lock import LOCK_NAME
-    from packager.bundle.verify import verify_bundle
+    from packager.bundle.verify import STAGE, verify_bundle
 
     manifest = read_manifest(path)
     if manifest.stage != STAGE and not (path / LOCK_NAME).exists():

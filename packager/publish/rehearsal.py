@@ -11,6 +11,7 @@ from pathlib import Path
 from packager.bundle.verify import verify_bundle
 from packager.errors import BadInput
 from packager.publish.hub import publish
+from packager.publish.hub_store import HubError
 from packager.publish.loopback_hub import LoopbackHub
 
 _TOKEN = "rehearsal"
@@ -46,7 +47,7 @@ def rehearse(
     """Publish to a hub on 127.0.0.1, download again, verify.
 
     Args:
-        storage: directory of the hub; a later rehearsal goes on with what is there.
+        storage: directory of the hub; a later rehearsal goes on with what is there, but takes over its tag.
         download_to: an empty or new directory, or that of an earlier download, which is replaced.
 
     Raises:
@@ -55,6 +56,7 @@ def rehearse(
     _clear(download_to)
     with _client_for_loopback(), LoopbackHub(storage) as hub:
         progress(f"loopback hub at {hub.url}, state in {storage}")
+        _free_tag(hub, repo_id, tag)
         published = publish(
             bundle,
             repo_id,
@@ -72,6 +74,12 @@ def rehearse(
     return RehearsalResult(
         repo_id, published.revision, published.tag, verified.files, verified.bytes, download_to, requests
     )
+
+
+def _free_tag(hub: LoopbackHub, repo_id: str, tag: str | None) -> None:
+    """A tag that was only rehearsed may name another bundle at the next rehearsal; a real one never moves."""
+    with contextlib.suppress(HubError):
+        hub.store.delete_ref(repo_id, f"refs/tags/{tag}")
 
 
 def _download(endpoint: str, repo_id: str, revision: str, target: Path) -> None:
