@@ -1,0 +1,215 @@
+"""`packager plan`: bytes, fit and bounds against figures that follow from the published shape alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import MakeCheckpoint, write_checkpoint
+
+from packager.bailing.config import BailingConfig
+from packager.cli.plan import command
+from packager.errors import BadInput, UsageProblem
+from packager.serving.hardware import hardware_file, parse_hardware
+from packager.serving.plan import (
+    Plan,
+    decode_bound,
+    fit,
+    make_plan,
+    model_bytes,
+    shape_config,
+    smallest,
+    split_problem,
+)
+
+CONTEXT = 131072
+
+
+@pytest.fixture(scope="module")
+def flash() -> BailingConfig:
+    return shape_config("ling-flash-2.0")
+
+
+def planned(
+    config: BailingConfig, hardware: str | None, context: int = CONTEXT, concurrency: int = 32
+) -> Plan:
+    model = model_bytes(config, "fp8", draft_vocab=32000)
+    return make_plan(
+        model, parse_hardware(hardware) if hardware else None, context=context, concurrency=concurrency
+    )
+
+
+def test_bytes_of_the_published_shape(flash: BailingConfig) -> None:
+    bf16 = model_bytes(flash, "bf16")
+    assert bf16.weights == 2 * 102_889_697_280 + 4 * 7_936
+    assert bf16.kv_per_token == 2 * 32 * 4 * 128 * 2
+    fp8 = model_bytes(flash, "fp8")
+    # One byte a quantized weight, four for each block of 16384, two for the rest: within a hair of half.
+    assert 0.505 < fp8.weights / bf16.weights < 0.508
+    assert model_bytes(flash, "fp8", draft_vocab=32000).kv_per_token == 33 * 4 * 128 * 2 * 2
+
+
+def test_single_stream_bound_is_active_bytes_over_bandwidth(flash: BailingConfig) -> None:
+    """6.15 B active parameters less one embedding, in BF16, over 16 TB/s: 1452 tokens/s."""
+    bound = decode_bound(model_bytes(flash, "bf16"), parse_hardware("4xh20"), 1, 0)
+    assert bound.tokens_per_s == pytest.approx(1452, abs=1)
+    assert bound.limited_by == "memory bandwidth"
+
+
+def test_expected_distinct_experts(flash: BailingConfig) -> None:
+    model = model_bytes(flash, "bf16")
+    assert model.touched_experts(1) == pytest.approx(8)
+    assert model.touched_experts(2) == pytest.approx(8 + 8 * (1 - 8 / 256))
+    assert model.touched_experts(10_000) == pytest.approx(256)
+
+
+def test_bound_falls_with_context_and_rises_with_concurrency(flash: BailingConfig) -> None:
+    model, cards = model_bytes(flash, "fp8"), parse_hardware("2xh20")
+    rates = [decode_bound(model, cards, n, 2048).tokens_per_s for n in (1, 8, 32, 128)]
+    assert rates == sorted(rates)
+    assert decode_bound(model, cards, 8, 65536).tokens_per_s < rates[1]
+
+
+def test_large_batches_on_weak_arithmetic_are_bound_by_it(flash: BailingConfig) -> None:
+    bound = decode_bound(model_bytes(flash, "fp8"), parse_hardware("2xh20"), 8192, 1)
+    assert bound.limited_by == "arithmetic"
+    active = 6_152_277_760 - 157184 * 4096
+    assert bound.tokens_per_s == pytest.approx(2 * 296e12 / (2 * active), rel=0.01)
+
+
+def test_a_draft_at_the_assumed_acceptance_length_gains_less_than_that_length(flash: BailingConfig) -> None:
+    model, cards = model_bytes(flash, "fp8", draft_vocab=32000), parse_hardware("2xh20")
+    plain = decode_bound(model, cards, 1, 2048)
+    drafted = decode_bound(model, cards, 1, 2048, acceptance_length=3.1)
+    assert 1.0 < drafted.tokens_per_s / plain.tokens_per_s < 3.1
+    useless = decode_bound(model, cards, 1, 2048, acceptance_length=1.0)
+    assert useless.tokens_per_s < plain.tokens_per_s
+
+
+def test_two_h20_hold_the_fp8_release_and_one_does_not(flash: BailingConfig) -> None:
+    two = planned(flash, "2xh20")
+    assert two.fits
+    assert two.fit.sequences(CONTEXT) == two.fit.kv_tokens // CONTEXT > 1
+    assert two.context_at_concurrency == two.fit.kv_tokens // 32 < CONTEXT
+    one = planned(flash, "1xh20")
+    assert not one.fits
+    assert one.fit.problem is not None
+    assert "the weights take 105 GB" in one.fit.problem
+    assert one.alternative is not None
+    assert one.alternative.hardware.label == "1xh20-141"
+    assert one.same_card is not None
+    assert one.same_card.hardware.label == "2xh20"
+    assert one.bounds == ()
+
+
+def test_without_hardware_the_smallest_that_fits_is_planned(flash: BailingConfig) -> None:
+    plan = planned(flash, None)
+    assert plan.fits
+    assert plan.fit.hardware.label == "1xh20-141"
+
+
+def test_smallest_is_minimal(flash: BailingConfig) -> None:
+    model = model_bytes(flash, "bf16")
+    found = smallest(model, CONTEXT)
+    assert found is not None
+    for key in hardware_file().cards:
+        for count in (1, 2, 4, 8):
+            other = fit(model, parse_hardware(f"{count}x{key}"), CONTEXT)
+            assert other.problem is not None or other.hardware.memory >= found.hardware.memory
+
+
+def test_more_cards_than_kv_heads_repeat_the_heads(flash: BailingConfig) -> None:
+    model = model_bytes(flash, "fp8")
+    four, eight = (fit(model, parse_hardware(f"{n}xh200"), CONTEXT) for n in (4, 8))
+    # The weights' share of a card halves, but a token costs each card the same: far from twice the tokens.
+    assert four.kv_tokens < eight.kv_tokens < 1.5 * four.kv_tokens
+
+
+@pytest.mark.parametrize(("ways", "says"), [(3, "attention heads"), (16, "expert width 1024")])
+def test_impossible_splits_are_named(flash: BailingConfig, ways: int, says: str) -> None:
+    problem = split_problem(flash, ways, "fp8")
+    assert problem is not None
+    assert says in problem
+    assert split_problem(flash, 8, "fp8") is None
+
+
+def test_shard_headers_are_believed_over_the_config(make_checkpoint: MakeCheckpoint) -> None:
+    path = make_checkpoint(shards=3)
+    config = BailingConfig.load(path)
+    read = model_bytes(config, "bf16", directory=path)
+    assert read.weights_source == "shard headers"
+    assert read.weights == model_bytes(config, "bf16").weights
+    shard = sorted(path.glob("*.safetensors"))[0]
+    shard.unlink()
+    assert model_bytes(config, "bf16", directory=path).weights < read.weights
+    assert model_bytes(config, "fp8", directory=path).weights_source == "computed from config.json"
+
+
+def test_json_document_and_serve_command() -> None:
+    done = CliRunner().invoke(
+        command, ["--shape", "ling-flash-2.0", "--hardware", "2xh20", "--context", str(CONTEXT), "--json"]
+    )
+    document = json.loads(done.stdout)
+    assert document["fits"] is True
+    assert document["needs_context_extension"] is True
+    serve = document["serve_command"]
+    assert serve[:3] == ["vllm", "serve", "BUNDLE"]
+    assert serve[serve.index("--tensor-parallel-size") + 1] == "2"
+    assert serve[serve.index("--max-model-len") + 1] == str(CONTEXT)
+    speculative = json.loads(serve[serve.index("--speculative-config") + 1])
+    assert speculative == {"method": "eagle3", "model": "BUNDLE/draft", "num_speculative_tokens": 3}
+
+
+def test_a_config_without_weights_is_enough(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((source / "config.json").read_bytes())
+    done = CliRunner().invoke(command, [str(bare), "--precision", "bf16", "--no-draft"])
+    assert done.exit_code == 0, done.output
+    assert "computed from config.json" in done.stdout
+    assert shlex.split(done.stdout.splitlines()[-1])[:3] == ["vllm", "serve", str(bare)]
+
+
+def test_a_release_that_does_not_fit_names_what_would_hold_it() -> None:
+    done = CliRunner().invoke(command, ["--shape", "ling-flash-2.0", "--hardware", "1xh20"])
+    assert done.exit_code == 0
+    assert "no: the weights take 105 GB of each card" in done.stdout
+    assert "1xh20-141 or 2xh20" in done.stdout
+    assert "tokens/s" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "either SOURCE or --shape"),
+        (["--shape", "nothing"], "no shape named"),
+        (["--shape", "ling-flash-2.0", "--hardware", "2xabacus"], "not known"),
+        (["--shape", "ling-flash-2.0", "--hardware", "0xh20"], "not known"),
+        (["--shape", "ling-flash-2.0", "--acceptance-length", "9"], "cannot yield"),
+    ],
+)
+def test_wrong_use_is_one_clear_message(arguments: list[str], says: str) -> None:
+    done = CliRunner().invoke(command, arguments)
+    assert isinstance(done.exception, UsageProblem)
+    assert says in done.exception.message
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    assert isinstance(CliRunner().invoke(command, [str(tmp_path)]).exception, BadInput)
+    assert isinstance(CliRunner().invoke(command, [str(tmp_path / "none")]).exception, BadInput)
+
+
+def test_planning_imports_no_torch() -> None:
+    code = (
+        "import sys; from packager.cli.plan import command; "
+        "command(['--shape', 'ling-flash-2.0', '--json'], standalone_mode=False); "
+        "print(sorted({'torch', 'transformers', 'vllm', 'numpy'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
