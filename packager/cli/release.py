@@ -114,9 +114,9 @@ def _print_plan(plan: DryRun) -> None:
         f"KV cache {sizes.kv_token / 1024:.0f} KiB a token"
     )
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("stage", "reads", "writes", "memory", "on cards"):
+    for name in ("stage", "reads", "writes", "memory", "cards"):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
-    table.add_column("needs; ! missing here", no_wrap=True)
+    table.add_column("needs (! not here)", no_wrap=True)
     for stage in plan.stages:
         needs = [f"! {need}" if need in stage.missing else need for need in stage.needs]
         table.add_row(

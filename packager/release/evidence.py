@@ -69,8 +69,13 @@ class Measured:
     dense: ThroughputRun | None
 
 
-def questions(recipe: Recipe, trained_length: int) -> Questions:
+def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
     """The recipe's items: from its file, or the nano's own held-out language.
+
+    Args:
+        recipe: names the items and how many.
+        source: checkpoint whose tokenizer measures the length of long records.
+        trained_length: tokens.
 
     Raises:
         BadInput: no items are named and the source is not the nano.
@@ -88,14 +93,21 @@ def questions(recipe: Recipe, trained_length: int) -> Questions:
             "the recipe names no items to validate with",
             "Give validate.items_file: JSONL of {id, task, language, messages, answer, meta}.",
         )
+    from tokenizers import Tokenizer
+
     from packager.nano import language
+
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+
+    def tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
     longest = recipe.context.length // trained_length
     rows = [
         row
         for multiple in MULTIPLES
         if spec.long_items and multiple <= longest
-        for row in language.long_items(multiple, spec.long_items, spec.seed)
+        for row in language.long_items(multiple, spec.long_items, spec.seed, tokens)
     ]
     items = items_from(language.heldout_items(spec.items_per_task, spec.seed))
     return Questions(items, items_from(rows) if rows else [])
@@ -116,7 +128,7 @@ def first_question(recipe: Recipe) -> Item:
     return min(english, key=lambda item: (len(item.messages[-1].content), item.id))
 
 
-def dense_baseline(recipe: Recipe, workspace: Workspace) -> Path | None:
+def dense_baseline(recipe: Recipe, workspace: Workspace, source: Path) -> Path | None:
     """The dense checkpoint whose speed is compared; the nano's is made from its seed when needed."""
     named = recipe.validate_.dense_baseline
     if named is not None:
@@ -129,8 +141,8 @@ def dense_baseline(recipe: Recipe, workspace: Workspace) -> Path | None:
     from packager.nano.dense import write_dense
 
     out = workspace.work / "dense"
-    if not (out / "model.safetensors").is_file():
-        write_dense(out, recipe.validate_.seed)
+    if not (out / "config.json").is_file():
+        write_dense(out, recipe.validate_.seed, tokenizer=source, length=recipe.context.length)
     return out
 
 
@@ -145,7 +157,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
 
     spec = recipe.validate_
     trained = BailingConfig.load(variants.source).max_position_embeddings
-    asked = questions(recipe, trained)
+    asked = questions(recipe, variants.source, trained)
     cache = workspace.work / "measurements"
     sampling = Sampling(max_tokens=spec.max_output_tokens, seed=spec.seed)
     long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
@@ -220,7 +232,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
                 sampling=sampling,
             )  # fmt: skip
             with_draft = throughput(served)
-        dense_path = dense_baseline(recipe, workspace)
+        dense_path = dense_baseline(recipe, workspace, variants.source)
         dense = None
         if dense_path is not None:
             with variants.dense(dense_path) as served:

@@ -6,34 +6,21 @@ network, no torch and no weights.
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from math import ceil, log2, prod
 from pathlib import Path
 from typing import Any
 
 from packager.bailing.config import BailingConfig
-from packager.bailing.layout import QUANTIZABLE, Role, count_parameters, expected_tensors
+from packager.bailing.layout import QUANTIZABLE, expected_tensors
 from packager.checkpoint.source import read_json_object
 from packager.errors import BadInput
-from packager.quantize.dialects import scale_shape
 from packager.recipe import Recipe
-from packager.release.evidence import MULTIPLES
 from packager.release.workspace import packaged_checkpoint
+from packager.serving.hardware import GB, Hardware, parse_hardware
+from packager.serving.plan import fit, model_bytes, smallest
 
-GB = 1e9
-CARD_BYTES = {
-    "h20": 96 * GB,
-    "h20-141": 141 * GB,
-    "h100": 80 * GB,
-    "h200": 141 * GB,
-    "a100": 80 * GB,
-}
-"""Memory of one card, as its vendor states it."""
-USABLE = 0.9
-"""Share of a card's memory that vLLM takes by default."""
 TORCH_BYTES = 0.4 * GB
 """Resident size of a process that has imported torch."""
 COPY_BYTES = 1 << 26
@@ -54,7 +41,7 @@ class Sizes:
     states: int
     """Hidden states of the draft's training set at most: every response at its longest."""
     kv_token: int
-    """KV cache of one token, BF16."""
+    """KV cache of one token, BF16, the draft's layer included."""
     largest_weight: int
     """Largest tensor that is quantized, in BF16."""
 
@@ -99,36 +86,18 @@ class DryRun:
 
 def sizes(config: BailingConfig, recipe: Recipe) -> Sizes:
     """Sizes of every artifact, tensor by tensor from the layout."""
-    source = fp8 = largest = 0
-    for tensor in expected_tensors(config):
-        plain = tensor.count * (4 if tensor.role is Role.EXPERT_BIAS else 2)
-        source += plain
-        if tensor.role in QUANTIZABLE:
-            fp8 += tensor.count + 4 * prod(scale_shape((tensor.shape[0], tensor.shape[1])))
-            largest = max(largest, plain)
-        else:
-            fp8 += plain
-    hidden, draft, head = config.hidden_size, recipe.draft, config.head_dim
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    weights = (
-        len(draft.aux_layers) * hidden * hidden  # fc
-        + 2 * hidden * (queries + 2 * keys)  # attention reads embedding and state side by side
-        + queries * hidden
-        + 3 * hidden * config.intermediate_size
-        + draft.vocab_size * hidden
-        + 4 * hidden  # norms
-    )
-    tokens = draft.prompts * draft.max_response_tokens
-    parameters = count_parameters(config)
+    bf16 = model_bytes(config, "bf16")
+    fp8 = model_bytes(config, "fp8", draft_vocab=recipe.draft.vocab_size)
+    tokens = recipe.draft.prompts * recipe.draft.max_response_tokens
     return Sizes(
-        parameters=parameters.total,
-        active_parameters=parameters.active,
-        source=source,
-        fp8=fp8,
-        draft=2 * weights + 8 * draft.vocab_size + config.vocab_size,
-        states=tokens * (len(draft.aux_layers) + 1) * hidden * 2,
-        kv_token=2 * config.num_hidden_layers * config.num_key_value_heads * head * 2,
-        largest_weight=largest,
+        parameters=bf16.parameters,
+        active_parameters=bf16.active_parameters,
+        source=bf16.weights,
+        fp8=fp8.weights,
+        draft=fp8.draft,
+        states=tokens * (len(recipe.draft.aux_layers) + 1) * config.hidden_size * 2,
+        kv_token=fp8.kv_per_token,
+        largest_weight=max(2 * want.count for want in expected_tensors(config) if want.role in QUANTIZABLE),
     )
 
 
@@ -140,7 +109,7 @@ def plan_release(recipe: Recipe, path: Path) -> DryRun:
     """
     config, present = _configuration(recipe, path)
     found = sizes(config, recipe)
-    cards = _cards(recipe.hardware)
+    cards = _hardware(recipe)
     return DryRun(
         recipe=recipe.name,
         source=recipe.source.path or f"{recipe.source.repo}@{recipe.source.revision or '(not pinned)'}",
@@ -182,21 +151,13 @@ def _configuration(recipe: Recipe, path: Path) -> tuple[BailingConfig, bool]:
     return BailingConfig.parse(read_json_object(shape), str(shape)), False
 
 
-def _cards(hardware: str) -> tuple[int, float] | None:
-    """Number of cards and bytes of each from a name like `2xh20`; None for `cpu`."""
-    if hardware == "cpu":
-        return None
-    match = re.fullmatch(r"(\d+)x(.+)", hardware)
-    if match is None or match[2] not in CARD_BYTES:
-        raise BadInput(
-            f"hardware {hardware!r} is not known",
-            f"Give `cpu` or N x one of {', '.join(CARD_BYTES)}, for instance 2xh20.",
-        )
-    return int(match[1]), CARD_BYTES[match[2]]
+def _hardware(recipe: Recipe) -> Hardware | None:
+    """The cards of a name like `2xh20`; None for `cpu`."""
+    return None if recipe.hardware == "cpu" else parse_hardware(recipe.hardware)
 
 
 def _stages(
-    recipe: Recipe, config: BailingConfig, found: Sizes, cards: tuple[int, float] | None, present: bool
+    recipe: Recipe, config: BailingConfig, found: Sizes, cards: Hardware | None, present: bool
 ) -> tuple[StagePlan, ...]:
     bundle = found.fp8 + found.draft
     context_kv = recipe.context.length * found.kv_token
@@ -206,7 +167,7 @@ def _stages(
     weights = (_WEIGHTS,)
     accelerated = cards is not None
     engine = ("vLLM",)
-    gpus = (f"{recipe.hardware} ({cards[0] * cards[1] / GB:.0f} GB)",) if cards else ()
+    gpus = (f"{cards.label} ({cards.memory / GB:.0f} GB)",) if cards else ()
 
     def stage(
         name: str, reads: int, writes: int, memory: float, on_cards: int = 0, needs: tuple[str, ...] = ()
@@ -283,7 +244,7 @@ def _undecided(
     config: BailingConfig,
     present: bool,
     found: Sizes,
-    cards: tuple[int, float] | None,
+    cards: Hardware | None,
 ) -> tuple[str, ...]:
     """Every reason why a real run would stop or fail here, one sentence each."""
     missing: list[str] = []
@@ -307,7 +268,7 @@ def _undecided(
             f"{config.max_position_embeddings}"
         )
     if cards is not None:
-        missing.extend(_card_trouble(found, recipe, cards))
+        missing.extend(_card_trouble(config, recipe, cards))
         if not _gpu_here():
             missing.append(f"GPUs: the recipe is for {recipe.hardware}, this machine has none")
     missing.extend(f"{name}: not installed" for name in ("torch", "vllm") if find_spec(name) is None)
@@ -318,24 +279,18 @@ def _undecided(
     return tuple(missing)
 
 
-def _card_trouble(found: Sizes, recipe: Recipe, cards: tuple[int, float]) -> list[str]:
-    count, each = cards
-    room = USABLE * count * each
-    served = found.fp8 + found.draft + recipe.context.length * found.kv_token
+def _card_trouble(config: BailingConfig, recipe: Recipe, cards: Hardware) -> list[str]:
+    """What of the release, and of the BF16 model it is compared with, the recipe's cards cannot hold."""
     trouble = []
-    if served > room:
-        trouble.append(
-            f"cards: with one request of {recipe.context.length} tokens the release takes {served / GB:.0f} "
-            f"GB, {recipe.hardware} gives {room / GB:.0f}"
-        )
-    if found.source > room:
-        trouble.append(
-            f"cards for the BF16 reference: {found.source / GB:.0f} GB of weights need "
-            f"{2 ** ceil(log2(found.source / (USABLE * each)))} of these cards, the recipe has {count}"
-        )
+    released = model_bytes(config, "fp8", draft_vocab=recipe.draft.vocab_size)
+    reference = model_bytes(config, "bf16")
+    for what, model, context in (
+        ("the release", released, recipe.context.length),
+        ("the BF16 reference that FP8 is compared with", reference, config.max_position_embeddings),
+    ):
+        problem = fit(model, cards, context).problem
+        if problem is not None:
+            enough = smallest(model, context, cards.key)
+            advice = f"; {enough.hardware.label} would do" if enough else ""
+            trouble.append(f"cards: {what} does not fit {cards.label}: {problem}{advice}")
     return trouble
-
-
-def long_lengths(recipe: Recipe, trained: int) -> tuple[int, ...]:
-    """Lengths of the long records that the recipe measures, in tokens."""
-    return tuple(m * trained for m in MULTIPLES if m * trained <= recipe.context.length)

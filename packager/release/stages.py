@@ -198,6 +198,7 @@ class _Release:
             recipe_digest=digest,
             inputs=inputs,
             workdir=self.workspace.work / "draft",
+            engine={"tensor_parallel_size": self.variants.tensor_parallel},
             progress=lambda line: self.say(f"  {line}"),
         )
 

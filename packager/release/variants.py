@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +70,16 @@ class Variants:
     source_digest: str
     fp8_native: bool
     say: Say
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Cards that a model is split over: those of the recipe's hardware, one process on a CPU."""
+        from packager.serving.cpu import device
+        from packager.serving.hardware import parse_hardware
+
+        if device() == "cpu" or self.recipe.hardware == "cpu":
+            return 1
+        return parse_hardware(self.recipe.hardware).count
 
     @property
     def weights_served(self) -> Literal["native", "dequantized"]:
@@ -133,15 +143,15 @@ class Variants:
         return self._serve("dense baseline", digest, lambda: self._spec(path), tokenizer=path)
 
     def downloaded(self, bundle: Path) -> contextlib.AbstractContextManager[Served]:
-        """The bundle as it came back from the hub, with its own draft."""
+        """The bundle as it came back from the hub, with the draft and the settings of its own serve.yaml."""
+        from packager.serving.serve_file import spec_for
+
+        spec = spec_for(bundle)
         return self._serve(
             "the downloaded bundle",
             self._subject(bundle),
-            lambda: self._spec(
-                self.servable(bundle),
-                draft=bundle / "draft",
-                num_speculative_tokens=self.recipe.draft.num_speculative_tokens,
-            ),
+            lambda: replace(spec, model=self.servable(bundle)),
+            name=spec.served_name,
         )
 
     def _subject(self, artifact: Path) -> str:
@@ -151,20 +161,29 @@ class Variants:
     def _spec(self, model: Path, **settings: Any) -> ServeSpec:
         from packager.serving import ServeSpec
 
-        return ServeSpec(model=model, served_name=SERVED_NAME, **settings)
+        return ServeSpec(
+            model=model, served_name=SERVED_NAME, tensor_parallel=self.tensor_parallel, **settings
+        )
 
     @contextlib.contextmanager
     def _serve(
-        self, label: str, subject: str, spec: Callable[[], ServeSpec], tokenizer: Path | None = None
+        self,
+        label: str,
+        subject: str,
+        spec: Callable[[], ServeSpec],
+        *,
+        tokenizer: Path | None = None,
+        name: str = SERVED_NAME,
     ) -> Iterator[Served]:
-        name = "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-")
+        file = "".join(c if c.isalnum() else "-" for c in label.lower())
         served = Served(
             label=label,
             subject=subject,
             tokenizer=tokenizer or self.source,
-            log=self.workspace.work / "logs" / f"{name}.log",
+            log=self.workspace.work / "logs" / f"{file}.log",
             spec=spec,
             say=self.say,
+            name=name,
         )
         try:
             yield served
