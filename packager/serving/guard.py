@@ -2,12 +2,13 @@
 
 A server must not outlive a release that was killed: it would hold the port, the memory and the processor
 that the next run measures with. When the pipe closes, whether by `Server.stop` or because the owner died, the
-command gets SIGINT, then SIGTERM, and at last the whole process group gets SIGKILL. Standard library only: it
-starts in milliseconds.
+command gets SIGINT, then SIGTERM, then SIGKILL. However it ends, nothing of its process group outlives it.
+Standard library only: it starts in milliseconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,17 +24,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signum)
         try:
             process.wait(timeout=PATIENCE_S)
-            break
+            return
         except subprocess.TimeoutExpired:
             continue
-    os.killpg(0, signal.SIGKILL)  # the command's own children, and this process
+    process.kill()
 
 
 def main() -> int:
     """Exit code of the command; 128 + signal if one ended it."""
     # A shell's background job ignores SIGINT, and so would the command, which is to be ended by it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
 
     def watch() -> None:
         while os.read(0, 4096):
@@ -42,6 +43,8 @@ def main() -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     code = process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     return code if code >= 0 else 128 - code
 
 

@@ -1,12 +1,10 @@
-"""Life cycle of one vLLM server: started in a process group of its own, awaited, watched, stopped whole."""
+"""Life cycle of one vLLM server: started under a guard, awaited until healthy, watched, stopped whole."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +22,7 @@ _TAIL_LINES = 20
 _POLL_S = 0.1
 # A Python exception as vLLM logs it, with or without its process and level prefix.
 _EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception|Interrupt)): (.+)")
+_LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
 # What the API server says after the engine has died: the cause stands above it.
 _AFTERMATH = (
     "Engine core initialization failed",
@@ -58,11 +57,15 @@ def claim_port(host: str, port: int) -> None:
 
 def log_cause(text: str) -> str | None:
     """The exception that ended a server, picked out of its log: the last that is not merely its aftermath."""
-    found = None
+    found, unfinished = None, False
     for line in text.splitlines():
         match = _EXCEPTION.search(line)
-        if match and not any(phrase in line for phrase in _AFTERMATH):
-            found = f"{match[1]}: {match[2]}".strip()
+        if match:
+            unfinished = not any(phrase in line for phrase in _AFTERMATH) and line.rstrip().endswith(":")
+            if not any(phrase in line for phrase in _AFTERMATH):
+                found = f"{match[1]}: {match[2]}".strip()
+        elif unfinished and found:  # "…. Reasons:" and the first of them on the next line
+            found, unfinished = f"{found} {_LOG_PREFIX.sub('', line).strip()}", False
     return found
 
 
@@ -191,10 +194,8 @@ class Server:
         assert process.stdin is not None
         process.stdin.close()  # the guard ends the server when this pipe closes
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=3 * guard.PATIENCE_S)
-        # Whatever is left of the group: an engine whose server died first, a guard that hangs.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=4 * guard.PATIENCE_S)
+        process.kill()  # nothing, unless the guard itself hangs
         process.wait()
 
     def metrics(self) -> dict[str, float]:

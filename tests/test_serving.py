@@ -1,0 +1,432 @@
+"""Serving: the command builder, the server's life cycle, and `packager serve` through the real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import packager.nano
+from packager.cli.serve import command as serve
+from packager.errors import BadInput, RemoteFailure, UsageProblem
+from packager.serving import Server, ServeSpec, cpu, fp8_runs_here, vllm_command
+from packager.serving import server as server_module
+from packager.serving.serve_file import is_fp8, spec_for
+from packager.serving.server import free_port, log_cause, parse_counters
+
+NANO = Path(packager.nano.__file__).parent / "checkpoint"
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def test_one_function_makes_the_published_and_the_local_command() -> None:
+    spec = ServeSpec(
+        Path("m"), draft=Path("m/draft"), num_speculative_tokens=4, max_model_len=2048, tensor_parallel=2
+    )
+    published = vllm_command(spec, target="cuda")
+    local = vllm_command(spec, target="cpu", python="python")
+    assert published[:3] == ["vllm", "serve", "m"]
+    assert local[:5] == ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", "m"]
+    shared = published[3:]
+    assert local[5 : 5 + len(shared)] == shared
+    assert json.loads(shared[shared.index("--speculative-config") + 1]) == {
+        "method": "eagle3",
+        "model": "m/draft",
+        "num_speculative_tokens": 4,
+    }
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_no_command_trusts_remote_code(target: cpu.Device) -> None:
+    spec = ServeSpec(Path("m"), hf_overrides={"max_position_embeddings": 9}, extra_args=("--seed", "1"))
+    arguments = vllm_command(spec, target=target)
+    assert not any("trust" in argument for argument in arguments)
+    assert arguments[-2:] == ["--seed", "1"]
+
+
+# --- what this machine can do -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "runs", "reason"),
+    [
+        ("cpu", {"avx512_bf16"}, False, "no AMX (amx_tile)"),
+        ("cpu", {"amx_tile"}, True, "has AMX (amx_tile)"),
+        ("cuda", set(), True, "GPU"),
+    ],
+)
+def test_fp8_runs_where_there_is_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, device: str, flags: set[str], runs: bool, reason: str
+) -> None:
+    monkeypatch.setattr(cpu, "device", lambda: device)
+    monkeypatch.setattr(cpu, "_processor_flags", lambda: frozenset(flags))
+    answer = fp8_runs_here()
+    assert answer[0] is runs
+    assert reason in answer[1]
+
+
+def test_the_answer_agrees_with_torch() -> None:
+    import torch
+
+    if cpu.device() == "cpu":
+        assert fp8_runs_here()[0] == torch.cpu._is_amx_tile_supported()
+
+
+def test_the_users_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "OMP_NUM_THREADS" not in cpu.cpu_environment()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert int(cpu.cpu_environment()["OMP_NUM_THREADS"]) >= 1
+
+
+# --- reading what the engine says ---------------------------------------------------------------------------
+
+
+def test_counters_are_summed_over_labels_and_kept_by_position() -> None:
+    text = textwrap.dedent("""\
+        # HELP vllm:spec_decode_num_drafts_total Number of drafts.
+        # TYPE vllm:spec_decode_num_drafts_total counter
+        vllm:spec_decode_num_drafts_total{engine="0",model_name="a"} 10.0
+        vllm:spec_decode_num_drafts_total{engine="1",model_name="a"} 5.0
+        # TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
+        vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 8.0
+        vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"} 4.0
+        # TYPE vllm:num_requests_running gauge
+        vllm:num_requests_running{engine="0"} 3.0
+        """)
+    assert parse_counters(text) == {
+        "vllm:spec_decode_num_drafts": 15.0,
+        "vllm:spec_decode_num_accepted_tokens_per_pos": 12.0,
+        "vllm:spec_decode_num_accepted_tokens_per_pos:0": 8.0,
+        "vllm:spec_decode_num_accepted_tokens_per_pos:1": 4.0,
+    }
+
+
+def test_the_cause_of_death_is_found_above_its_aftermath() -> None:
+    log = textwrap.dedent("""\
+        (EngineCore pid=1) ERROR 11-22 17:35:57 [core.py:1510] Traceback (most recent call last):
+        (EngineCore pid=1) ERROR 11-22 17:35:57 [core.py:1510] ValueError: Failed to find a kernel. Reasons:
+        (EngineCore pid=1) ERROR 11-22 17:35:57 [core.py:1510] CPUFp8Kernel requires AMX tile support.
+        (APIServer pid=2)     raise RuntimeError(
+        (APIServer pid=2) RuntimeError: Engine core initialization failed. See root cause above.
+        """)
+    assert (
+        log_cause(log)
+        == "ValueError: Failed to find a kernel. Reasons: CPUFp8Kernel requires AMX tile support."
+    )
+    assert log_cause("INFO all is well\n") is None
+
+
+# --- life cycle, with a small program in the engine's place -------------------------------------------------
+
+ENGINE = """
+import http.server, subprocess, sys, time
+port, mode = int(sys.argv[1]), sys.argv[2]
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+if mode == "dies":
+    raise ValueError("this model cannot be loaded")
+if mode == "hangs":
+    time.sleep(600)
+if mode == "stubborn":
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"# TYPE a_total counter\\na_total 2.0\\n")
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """`program(mode)` makes servers start the small program; afterwards nothing of it may be alive."""
+    log = tmp_path / "engine.log"
+
+    def use(mode: str, **settings: Any) -> Server:
+        monkeypatch.setattr(
+            server_module,
+            "vllm_command",
+            lambda spec, *, host, port: [sys.executable, "-c", ENGINE, str(port), mode],  # noqa: ARG005
+        )
+        return Server(ServeSpec(NANO), log, **settings)
+
+    yield use
+    assert not alive(log)
+
+
+def alive(log: Path) -> list[int]:
+    """Children named in a log that still run, after a moment to be reaped."""
+    pids = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("child")]
+    for _ in range(50):
+        running = [pid for pid in pids if psutil.pid_exists(pid)]
+        if not running:
+            break
+        time.sleep(0.1)
+    return running
+
+
+def test_a_server_is_healthy_inside_and_gone_outside(program: Any) -> None:
+    with program("serves") as server:
+        assert server.metrics() == {"a": 2.0}
+        assert server.startup_s > 0
+    with pytest.raises(RemoteFailure):
+        server.metrics()
+
+
+def test_a_program_that_ignores_signals_is_killed_with_its_children(
+    program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        server_module.guard, "PATIENCE_S", 0.2
+    )  # of the waiting side; the guard keeps its own
+    with program("stubborn"):
+        pass
+
+
+def test_death_at_start_says_why(program: Any) -> None:
+    with pytest.raises(RemoteFailure) as caught:
+        program("dies").start()
+    assert "exit code 1" in caught.value.message
+    assert "ValueError: this model cannot be loaded" in caught.value.message.splitlines()[0]
+    assert "engine.log" in caught.value.remedy
+
+
+def test_too_slow_a_start_is_given_up(program: Any) -> None:
+    with pytest.raises(RemoteFailure, match="not healthy after 1 s"):
+        program("hangs", startup_timeout_s=1).start()
+
+
+def test_death_in_service_is_noticed(program: Any) -> None:
+    with program("serves") as server:
+        for process in psutil.Process(server._process.pid).children():
+            process.kill()
+        server.wait()
+        with pytest.raises(RemoteFailure, match="died with exit code"):
+            server.metrics()
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(program: Any, tmp_path: Path) -> None:
+    (tmp_path / "engine.log").write_text("")
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(UsageProblem, match=f"cannot listen on 127.0.0.1:{port}"):
+            program("serves", port=port).start()
+    assert (tmp_path / "engine.log").read_text() == ""
+
+
+def test_a_killed_owner_leaves_no_server_behind(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    owner = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(f"""\
+                import sys, time
+                from pathlib import Path
+                from packager.serving import Server, ServeSpec, server
+                server.vllm_command = lambda spec, *, host, port: [
+                    sys.executable, "-c", {ENGINE!r}, str(port), "serves"]
+                Server(ServeSpec(Path({str(NANO)!r})), Path({str(log)!r})).start()
+                print("up", flush=True)
+                time.sleep(600)
+                """),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"up\n"
+    owner.kill()
+    owner.wait()
+    assert "child" in log.read_text()
+    assert not alive(log)
+
+
+@pytest.mark.parametrize("role", ["model", "draft"])
+def test_what_is_no_checkpoint_is_refused(role: str, tmp_path: Path) -> None:
+    spec = ServeSpec(NANO, draft=tmp_path) if role == "draft" else ServeSpec(tmp_path)
+    with pytest.raises(BadInput, match=f"the {role} .* has no config.json"):
+        Server(spec, tmp_path / "log").start()
+
+
+# --- serve.yaml ---------------------------------------------------------------------------------------------
+
+SERVE_FILE: dict[str, Any] = {
+    "schema_version": 1,
+    "engine": "vllm",
+    "engine_versions": ">=0.32,<0.33",
+    "served_name": "nano",
+    "model": ".",
+    "draft": "draft",
+    "num_speculative_tokens": 3,
+    "max_model_len": 512,
+    "default_profile": "2xh20",
+    "profiles": {
+        "2xh20": {"device": "cuda", "tensor_parallel": 2, "args": ["vllm", "serve"]},
+        "cpu": {"device": "cpu", "tensor_parallel": 1, "args": []},
+    },
+}
+
+
+def write_bundle(path: Path, **changes: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "serve.yaml").write_text(yaml.safe_dump({**SERVE_FILE, **changes}))
+    return path
+
+
+def test_a_bundle_is_served_as_its_file_says_on_this_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    for device, ways in (("cpu", 1), ("cuda", 2)):
+        monkeypatch.setattr("packager.serving.serve_file.device", lambda found=device: found)
+        spec = spec_for(bundle)
+        assert spec == ServeSpec(
+            bundle / ".",
+            served_name="nano",
+            draft=bundle / "draft",
+            num_speculative_tokens=3,
+            max_model_len=512,
+            tensor_parallel=ways,
+        )
+    assert spec_for(bundle, with_draft=False).draft is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"schema_version": 2}, "schema_version"),
+        ({"engine": "other"}, "only vllm is known"),
+        ({"draft": "../../elsewhere"}, "outside the bundle"),
+        ({"model": "/etc"}, "outside the bundle"),
+        ({"profiles": 3}, "profiles"),
+    ],
+)
+def test_a_wrong_serve_file_is_bad_input(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        spec_for(write_bundle(tmp_path / "bundle", **changes))
+
+
+def test_an_unknown_profile_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        spec_for(write_bundle(tmp_path / "bundle"), profile="8xh900")
+    assert "2xh20, cpu" in caught.value.remedy
+
+
+def test_print_command_starts_nothing() -> None:
+    done = CliRunner().invoke(serve, [str(NANO), "--port", "9999", "--print-command"])
+    assert done.exit_code == 0, done.output
+    arguments = shlex.split(done.stdout)
+    assert arguments[arguments.index("--port") + 1] == "9999"
+
+
+def test_serving_nothing_is_bad_input(tmp_path: Path) -> None:
+    assert isinstance(CliRunner().invoke(serve, [str(tmp_path)]).exception, BadInput)
+    assert isinstance(CliRunner().invoke(serve, [str(tmp_path / "none")]).exception, BadInput)
+
+
+# --- the real engine ----------------------------------------------------------------------------------------
+
+
+def ask(url: str, model: str, question: str) -> dict[str, Any]:
+    """One greedy chat completion."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    request = urllib.request.Request(
+        f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        answer: dict[str, Any] = json.load(reply)
+        return answer
+
+
+@pytest.mark.engine
+def test_an_fp8_bundle_is_served_until_interrupted(tmp_path: Path) -> None:
+    """FP8 weights, natively or dequantized by what the processor has; a clean end, and nothing left behind."""
+    from packager.quantize import quantize
+    from packager.recipe import QuantizeSpec
+
+    bundle = write_bundle(tmp_path / "bundle", draft=None)
+    (bundle / "serve.yaml").rename(tmp_path / "serve.yaml")
+    quantize(NANO, bundle, QuantizeSpec(), recipe_digest="sha256:test", progress=lambda _: None)
+    assert is_fp8(bundle)
+    (bundle / "manifest.json").unlink()  # as a bundle, whose own seal covers more than a checkpoint
+    (tmp_path / "serve.yaml").rename(bundle / "serve.yaml")
+    (bundle / "README.md").write_text("# A card\n")
+
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "packager", "serve", str(bundle), "--port", str(port), "--json"]
+        + ["--cache", str(tmp_path / "cache")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    found = json.loads(line)
+    family = psutil.Process(process.pid).children(recursive=True)
+    native = fp8_runs_here()[0]
+    assert found["weights_served"] == ("native" if native else "dequantized")
+    assert (tmp_path / "cache" / "dequantized").exists() is not native
+    answer = ask(found["url"], "nano", "Hello")
+    assert answer["usage"]["completion_tokens"] > 0
+
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert errors.rstrip().endswith("stopping")
+    assert not native or "AMX" not in errors
+    assert native or "this CPU has no AMX" in errors
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left
+
+
+@pytest.mark.engine
+def test_an_engine_that_dies_at_start_gives_one_clear_message(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in NANO.iterdir():
+        if file.name != "config.json":
+            os.link(file, broken / file.name)
+    config = json.loads((NANO / "config.json").read_text())
+    config["head_dim"] *= 2  # the weights no longer fit
+    (broken / "config.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "packager", "serve", str(broken), "--port", str(free_port())]
+        + ["--cache", str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 6, done.stderr
+    assert "error: the engine died with exit code" in done.stderr
+    assert "Error: " in done.stderr.split("error: the engine died")[1].splitlines()[0]
+    assert "what to do: The whole log is" in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr.split("\n  | ")[0]
