@@ -126,6 +126,7 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         "figure": figure,
         "plain": _plain,
         "ms": lambda v: f"{v:.1f}" if v < 100 else f"{v:,.0f}",
+        "sentence": lambda text: text[:1].upper() + text[1:].rstrip(".") + ".",
         "short": lambda digest: digest.removeprefix("sha256:")[:12],
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
