@@ -324,7 +324,7 @@ def collect_evidence(
         note = "This CPU has no AMX, so vLLM has no FP8 block kernel for it."
     report = build_report(
         ReportInputs(
-            title=recipe.bundle.title,
+            title=recipe.name,
             subjects=tuple(Subject(name=label, digest=digest) for digest, label in runs.items()),
             weights_served=variants.weights_served,
             weights_note=note,

@@ -88,13 +88,15 @@ def sizes(config: BailingConfig, recipe: Recipe) -> Sizes:
     """Sizes of every artifact, tensor by tensor from the layout."""
     bf16 = model_bytes(config, "bf16")
     fp8 = model_bytes(config, "fp8", draft_vocab=recipe.draft.vocab_size)
+    width = recipe.draft.intermediate_size or 4 * config.hidden_size
+    widened = config.model_copy(update={"intermediate_size": width})
     tokens = recipe.draft.prompts * recipe.draft.max_response_tokens
     return Sizes(
         parameters=bf16.parameters,
         active_parameters=bf16.active_parameters,
         source=bf16.weights,
         fp8=fp8.weights,
-        draft=fp8.draft,
+        draft=model_bytes(widened, "fp8", draft_vocab=recipe.draft.vocab_size).draft,
         states=tokens * (len(recipe.draft.aux_layers) + 1) * config.hidden_size * 2,
         kv_token=fp8.kv_per_token,
         largest_weight=max(2 * want.count for want in expected_tensors(config) if want.role in QUANTIZABLE),

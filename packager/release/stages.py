@@ -146,7 +146,7 @@ class _Release:
             Stage(
                 "validate",
                 ws.evidence,
-                sections_of(recipe, "validate", "gates"),
+                sections_of(recipe, "name", "validate", "gates"),
                 lambda: tuple(measured.values()),
                 lambda digest: self._validate(digest, measured),
             )
