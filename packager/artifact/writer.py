@@ -1,114 +1,36 @@
-"""Sealed directories: what every stage reads and what every stage leaves behind.
-
-A stage writes its files one by one. Each goes to a temporary name, is flushed to the disk, renamed, and then
-recorded in `.journal.jsonl`; `manifest.json` comes last. So a directory with a manifest is complete, and one
-without can be continued after a SIGKILL: files in the journal are kept, everything else is written again.
-SHA-256 is taken while the bytes are written, once. A manifest holds no time, host or absolute path, and its
-digest is the SHA-256 of the manifest file itself.
-"""
+"""Writing an artifact: atomic files, a journal to continue from, the manifest last."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
-import fnmatch
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
 from packager import __version__
+from packager.artifact.manifest import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    PART_SUFFIX,
+    SCRATCH_NAME,
+    FileEntry,
+    Manifest,
+    canonical_json,
+    file_sha256,
+    is_sealed,
+    relative_path,
+    walk_files,
+)
 from packager.errors import BadInput, IntegrityFailure
 
-MANIFEST_NAME = "manifest.json"
-JOURNAL_NAME = ".journal.jsonl"
-SCRATCH_NAME = ".scratch"
-_PART = ".part"
 _CHUNK = 1 << 22
-
-
-class FileEntry(BaseModel):
-    """One file of an artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    path: str
-    """Relative, with forward slashes."""
-    size: int = Field(ge=0)
-    """Bytes."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Bare hexadecimal."""
-
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, value: str) -> str:
-        return _relative(value)
-
-
-class Manifest(BaseModel):
-    """What an artifact holds and what it was made from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
-    stage: str
-    recipe_digest: str
-    inputs: dict[str, str]
-    """Name of an input -> digest of it."""
-    tools: dict[str, str]
-    """Tool -> version."""
-    files: list[FileEntry]
-    """Sorted by path; every file of the directory except the manifest."""
-    metrics: dict[str, Any]
-
-    @field_validator("files")
-    @classmethod
-    def _sorted_once(cls, value: list[FileEntry]) -> list[FileEntry]:
-        paths = [entry.path for entry in value]
-        if paths != sorted(set(paths)):
-            raise ValueError("files must be sorted by path, each named once")
-        return value
-
-    def canonical(self) -> bytes:
-        """Canonical JSON (sorted keys, no spaces, UTF-8): the exact bytes of `manifest.json`."""
-        return _canonical(self.model_dump(mode="json"))
-
-    @property
-    def digest(self) -> str:
-        """`sha256:<hex>` of the canonical JSON: the identity of the artifact."""
-        return "sha256:" + hashlib.sha256(self.canonical()).hexdigest()
-
-    def entry(self, path: str) -> FileEntry | None:
-        """The entry of one file, or None."""
-        return next((entry for entry in self.files if entry.path == path), None)
-
-
-def _canonical(document: Any) -> bytes:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
-
-
-def _relative(path: str) -> str:
-    pure = PurePosixPath(path)
-    if (
-        not path
-        or pure.is_absolute()
-        or "\\" in path
-        or "\0" in path
-        or str(pure) != path
-        or ".." in pure.parts
-    ):
-        raise ValueError(f"{path!r} is not a plain relative path")
-    if path in (MANIFEST_NAME, JOURNAL_NAME) or pure.parts[0] == SCRATCH_NAME or path.endswith(_PART):
-        raise ValueError(f"{path!r} is a name that artifacts keep for themselves")
-    return path
 
 
 @contextlib.contextmanager
@@ -139,12 +61,6 @@ def _fsync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, bare hexadecimal."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 class HashingFile:
@@ -238,20 +154,20 @@ class ArtifactWriter:
             same_key, recorded = _read_journal(journal, self._key())
             if same_key:
                 kept = {rel: found for rel, found in recorded.items() if _unchanged(self.path, *found)}
-            for rel in list(_walk(self.path)):
+            for rel in list(walk_files(self.path)):
                 scratch = rel.split("/", 1)[0] == SCRATCH_NAME
                 if rel not in kept and rel != JOURNAL_NAME and not (scratch and same_key):
                     (self.path / rel).unlink()
         else:
-            foreign = [rel for rel in _walk(self.path) if rel != JOURNAL_NAME + _PART]
+            foreign = [rel for rel in walk_files(self.path) if rel != JOURNAL_NAME + PART_SUFFIX]
             if foreign:
                 raise BadInput(
                     f"{self.path} is not empty and not an unfinished artifact (it holds {foreign[0]})",
                     "Choose an empty or new directory.",
                 )
         # The journal's key reaches the disk, whole, before any file does.
-        lines = [_canonical(self._key())] + [_journal_line(*found) for found in kept.values()]
-        part = self.path / (JOURNAL_NAME + _PART)
+        lines = [canonical_json(self._key())] + [_journal_line(*found) for found in kept.values()]
+        part = self.path / (JOURNAL_NAME + PART_SUFFIX)
         with part.open("wb") as handle:
             handle.write(b"\n".join(lines) + b"\n")
             handle.flush()
@@ -275,7 +191,7 @@ class ArtifactWriter:
     def _target(self, rel: str) -> Path:
         if self._lock is None:
             raise RuntimeError("the artifact is not open for writing")
-        target = self.path / _relative(rel)
+        target = self.path / relative_path(rel)
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         return target
@@ -303,7 +219,7 @@ class ArtifactWriter:
     def create(self, rel: str) -> Iterator[HashingFile]:
         """Write a file: it appears under its name, complete, when the block ends without an error."""
         target = self._target(rel)
-        part = target.with_name(target.name + _PART)
+        part = target.with_name(target.name + PART_SUFFIX)
         try:
             with writing(target):
                 raw = part.open("wb")
@@ -349,7 +265,7 @@ class ArtifactWriter:
         target, real = self._target(rel), Path(source).resolve()
         if not real.is_file():
             raise BadInput(f"no file {source}")
-        part = target.with_name(target.name + _PART)
+        part = target.with_name(target.name + PART_SUFFIX)
         part.unlink(missing_ok=True)
         try:
             os.link(real, part)
@@ -390,7 +306,9 @@ class ArtifactWriter:
         if self._lock is None:
             raise RuntimeError("the artifact is not open for writing")
         known = {*self._entries, JOURNAL_NAME}
-        stray = [rel for rel in _walk(self.path) if rel not in known and rel.split("/", 1)[0] != SCRATCH_NAME]
+        stray = [
+            rel for rel in walk_files(self.path) if rel not in known and rel.split("/", 1)[0] != SCRATCH_NAME
+        ]
         if stray:
             raise IntegrityFailure(
                 f"{self.path} holds files that this stage did not write: {', '.join(sorted(stray))}",
@@ -402,10 +320,10 @@ class ArtifactWriter:
             inputs=self.inputs,
             tools={"packager": __version__, **(tools or {})},
             files=self.entries,
-            metrics=json.loads(_canonical(metrics)),
+            metrics=json.loads(canonical_json(metrics)),
         )
         target = self.path / MANIFEST_NAME
-        part = target.with_name(MANIFEST_NAME + _PART)
+        part = target.with_name(MANIFEST_NAME + PART_SUFFIX)
         with writing(target):
             shutil.rmtree(self.path / SCRATCH_NAME, ignore_errors=True)
             try:
@@ -423,103 +341,8 @@ class ArtifactWriter:
         return manifest
 
 
-# ---- reading --------------------------------------------------------------------------------------------
-
-
-def is_sealed(path: Path) -> bool:
-    """Whether the directory holds a manifest, that is: whether the stage that wrote it finished."""
-    return (Path(path) / MANIFEST_NAME).is_file()
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read the manifest of a sealed artifact.
-
-    Raises:
-        BadInput: no such directory, not sealed, or a manifest that is malformed.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise BadInput(f"no directory {path}")
-    if not is_sealed(path):
-        unfinished = (path / JOURNAL_NAME).is_file()
-        raise BadInput(
-            f"{path} is {'an unfinished' if unfinished else 'not an'} artifact: it has no {MANIFEST_NAME}",
-            "Run the command that makes it again; finished files are kept." if unfinished else "",
-        )
-    try:
-        raw = json.loads((path / MANIFEST_NAME).read_bytes())
-        manifest = Manifest.model_validate(raw)
-    except (ValueError, ValidationError) as err:
-        raise BadInput(f"{path / MANIFEST_NAME} is malformed: {err}", "Make the artifact again.") from None
-    if manifest.schema_version != 1:
-        raise BadInput(
-            f"{path / MANIFEST_NAME} has schema version {manifest.schema_version}; this version reads 1",
-            "Use a newer packager.",
-        )
-    return manifest
-
-
-def sealed_for(path: Path, *, stage: str, recipe_digest: str, inputs: dict[str, str]) -> Manifest | None:
-    """The manifest if `path` is sealed for exactly this stage, recipe and inputs, else None.
-
-    Raises:
-        IntegrityFailure: it is that artifact, but files are missing, stray or of another size.
-    """
-    if not is_sealed(path):
-        return None
-    manifest = read_manifest(path)
-    if (manifest.stage, manifest.recipe_digest, manifest.inputs) != (stage, recipe_digest, inputs):
-        return None
-    return check(path, deep=False)
-
-
-def check(path: Path, *, deep: bool = True, ignore: Iterable[str] = ()) -> Manifest:
-    """Compare a sealed artifact with its manifest.
-
-    Args:
-        path: the artifact.
-        deep: hash every file again; False: compare sizes only.
-        ignore: glob patterns of files that may lie beside it (what a hub client leaves behind).
-
-    Raises:
-        BadInput: not a sealed artifact.
-        IntegrityFailure: names each changed, missing or stray file.
-    """
-    path = Path(path)
-    manifest = read_manifest(path)
-    patterns = tuple(ignore)
-    problems: list[str] = []
-    for entry in manifest.files:
-        target = path / entry.path
-        if not target.is_file():
-            problems.append(f"missing: {entry.path}")
-        elif (size := target.stat().st_size) != entry.size:
-            problems.append(f"changed: {entry.path} ({size} bytes, sealed with {entry.size})")
-        elif deep and file_sha256(target) != entry.sha256:
-            problems.append(f"changed: {entry.path} (same size, other bytes)")
-    known = {entry.path for entry in manifest.files} | {MANIFEST_NAME, JOURNAL_NAME}
-    for rel in sorted(set(_walk(path)) - known):
-        if not any(fnmatch.fnmatchcase(rel, pattern) for pattern in patterns):
-            problems.append(f"stray: {rel}")
-    if problems:
-        raise IntegrityFailure(
-            f"{path} is not what was sealed:\n" + "\n".join(f"  {problem}" for problem in problems),
-            "Remove the directory and make (or download) it again.",
-        )
-    return manifest
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Relative paths of all that is not a directory; a link to a directory counts as a file."""
-    for directory, names, files in os.walk(root):
-        base = Path(directory)
-        links = [name for name in names if (base / name).is_symlink()]
-        for name in (*files, *links):
-            yield (base / name).relative_to(root).as_posix()
-
-
 def _journal_line(entry: FileEntry, mtime_ns: int) -> bytes:
-    return _canonical({**entry.model_dump(), "mtime_ns": mtime_ns})
+    return canonical_json({**entry.model_dump(), "mtime_ns": mtime_ns})
 
 
 def _read_journal(journal: Path, key: dict[str, Any]) -> tuple[bool, dict[str, tuple[FileEntry, int]]]:
