@@ -68,6 +68,11 @@ def test_every_verb_has_help_and_json() -> None:
             assert "--json" in options, f"{verb} {leaf.name} has no --json"
 
 
+def test_the_readme_shows_every_verb() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert [verb for verb in VERBS if f"| `packager {verb} " not in readme] == []
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
