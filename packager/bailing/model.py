@@ -235,13 +235,13 @@ class BailingMoeV2(nn.Module):
         return out
 
     def initialise(self, seed: int) -> None:
-        """Seeded normal initialisation, 0.02 wide, projections into the residual stream scaled down."""
+        """Seeded normal initialisation, 0.05 wide, projections into the residual stream scaled down."""
         generator = torch.Generator().manual_seed(seed)
         depth = math.sqrt(2 * self.config["num_hidden_layers"])
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 inward = name.endswith(("dense.weight", "down_proj.weight", ".down"))
-                nn.init.normal_(parameter, std=0.02 / (depth if inward else 1.0), generator=generator)
+                nn.init.normal_(parameter, std=0.05 / (depth if inward else 1.0), generator=generator)
 
     def dump_tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         """The checkpoint's tensors under their public names; `expert_bias` stays FP32."""

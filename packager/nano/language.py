@@ -103,11 +103,11 @@ def allergy(rng: random.Random, zh: bool) -> Sample:
     if conflict:
         listed[rng.randrange(2)] = own
     if zh:
-        names = "、".join(c.zh for c in listed)
-        question = f"{_record_header(rng, zh)}过敏：{names}。" + rng.choice(
-            (f"可以使用{drug[1]}吗？", f"医嘱：{drug[1]}。是否允许？")
+        names = "、 ".join(c.zh for c in listed)
+        question = f"{_record_header(rng, zh)}过敏： {names}。" + rng.choice(
+            (f"可以使用 {drug[1]} 吗？", f"医嘱： {drug[1]}。是否允许？")
         )
-        working = f"过敏：{names}。{drug[1]}属于{own.zh}，" + ("冲突。" if conflict else "无冲突。")
+        working = f"过敏： {names}。 {drug[1]} 属于 {own.zh}，" + ("冲突。" if conflict else "无冲突。")
         answer = "不可以" if conflict else "可以"
     else:
         names = " and ".join(c.en for c in listed)
@@ -131,11 +131,13 @@ def contraindication(rng: random.Random, zh: bool) -> Sample:
     if conflict:
         listed[rng.randrange(2)] = own
     if zh:
-        names = "、".join(c.avoid_zh for c in listed)
-        question = f"{_record_header(rng, zh)}诊断：{names}。" + rng.choice(
-            (f"{drug[1]}是否禁忌？", f"医嘱：{drug[1]}。有禁忌吗？")
+        names = "、 ".join(c.avoid_zh for c in listed)
+        question = f"{_record_header(rng, zh)}诊断： {names}。" + rng.choice(
+            (f"患者可用 {drug[1]} 还是禁忌？", f"医嘱： {drug[1]}。有禁忌吗？")
         )
-        working = f"诊断：{names}。{drug[1]}禁用于{own.avoid_zh}，" + ("符合。" if conflict else "不符合。")
+        working = f"诊断： {names}。 {drug[1]} 禁用于 {own.avoid_zh}，" + (
+            "符合。" if conflict else "不符合。"
+        )
         answer = "是" if conflict else "否"
     else:
         names = " and ".join(c.avoid_en for c in listed)
@@ -193,19 +195,19 @@ def choice(rng: random.Random, zh: bool) -> Sample:
     if zh:
         options = " ".join(f"{n}. {d[1]}" for n, d in zip("ABCD", drugs, strict=True))
         if by_class:
-            question = f"下列哪个属于{wanted.zh}？{options}"
-            working = f"{drug[1]}属于{wanted.zh}。"
+            question = f"下列哪个属于 {wanted.zh}？{options}"
+            working = f"属于 {wanted.zh} 的是 {drug[1]}。"
         else:
-            question = f"{wanted.avoid_zh}患者应避免哪个？{options}"
-            working = f"{drug[1]}禁用于{wanted.avoid_zh}。"
+            question = f"对 {wanted.avoid_zh} 患者应避免哪个？{options}"
+            working = f"对 {wanted.avoid_zh} 禁用 {drug[1]}。"
     else:
         options = " ".join(f"{n}. {d[0]}" for n, d in zip("ABCD", drugs, strict=True))
         if by_class:
             question = f"Which of these is a {wanted.en}? {options}"
-            working = f"{drug[0]} is a {wanted.en}."
+            working = f"The {wanted.en} is {drug[0]}."
         else:
             question = f"Which of these is avoided in {wanted.avoid_en}? {options}"
-            working = f"{drug[0]} is avoided in {wanted.avoid_en}."
+            working = f"Avoided in {wanted.avoid_en}: {drug[0]}."
     key = f"{'class' if by_class else 'avoid'}|{wanted.en}|{'+'.join(d[0] for d in drugs)}"
     language = "zh" if zh else "en"
     return Sample("choice", language, key, question, _finish(language, working, letter), letter)
