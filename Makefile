@@ -11,7 +11,6 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
 LOCK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements/cuda.txt || echo requirements/cpu.txt)
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 WORKSPACE ?= demo
 
@@ -47,7 +46,16 @@ venv:  ## make .venv if it is missing or the lock has changed
 	install="$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps"
 	torch=$$(grep -E '^torch==[0-9.]+\+cpu' $(LOCK) || true)
 	if [ -n "$$torch" ]; then
-	  $$install "$$torch" 2>/dev/null || $$install --extra-index-url $(TORCH_CPU_INDEX) "$$torch"
+	  # The CPU build is not on PyPI: from where pip is told to look, else from where uv knows it to be.
+	  $$install "$$torch" 2>/dev/null || {
+	    $$install "$$(grep '^uv==' $(LOCK))"
+	    $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --torch-backend cpu "$$torch" || {
+	      echo "error: no CPU build of $$torch for $$($(BIN)/python --version) was found" >&2
+	      echo "what to do: let pip see a folder or index that has it (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL)," >&2
+	      echo "            or name another interpreter: make $(or $(MAKECMDGOALS),venv) PYTHON=python3.11" >&2
+	      exit 6
+	    }
+	  }
 	fi
 	$$install -r $(LOCK)
 	$$install --no-build-isolation -e .
@@ -68,7 +76,7 @@ lint: venv  ## ruff, mypy --strict, the layer test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-# Where the CPU build of torch comes from: a local wheel folder if pip is given one, else PyTorch's own index.
+# Where the CPU build of torch comes from: a local wheel folder if pip is given one, else where uv knows it.
 CPU_TORCH = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --python-version 3.11 --extra quantize --extra draft \
 	--extra validate --extra nano --extra dev --no-emit-index-url --no-emit-find-links --no-annotate --no-header
