@@ -172,7 +172,7 @@ def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, A
     llama = LlamaConfig(
         **{
             key: config[key]
-            for key in [
+            for key in (
                 "vocab_size",
                 "hidden_size",
                 "intermediate_size",
@@ -183,7 +183,7 @@ def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, A
                 "rms_norm_eps",
                 "max_position_embeddings",
                 "rope_parameters",
-            ]
+            )
         }
     )
     llama._attn_implementation = "eager"
@@ -211,13 +211,16 @@ def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, A
     states = torch.randn(39, 3 * HIDDEN, generator=generator)
     prompt, steps = 25, 3
     queries = len(ids) - prompt - 1
+    places = torch.arange(prompt - 1, prompt - 1 + queries)
+    padded = torch.cat((ids, torch.zeros(steps, dtype=torch.long)))
     batch = DraftBatch(
         keys=ids[None, 1:-1],
         states=states[None, :-1],
-        first=torch.tensor([prompt - 1]),
-        query_count=torch.tensor([queries]),
-        tokens=torch.cat((ids[prompt:], torch.zeros(steps, dtype=torch.long)))[None, : queries + steps],
-        last=torch.zeros(1, queries + steps, HIDDEN),
+        row=torch.zeros(queries, dtype=torch.long),
+        place=places,
+        slot=torch.arange(queries),
+        tokens=torch.stack([padded[place + 1 : place + 2 + steps] for place in places.tolist()]),
+        last=torch.zeros(queries, steps, HIDDEN),
     )
     captured: list[torch.Tensor] = []
     theirs.lm_head.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
@@ -232,7 +235,26 @@ def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, A
     for step in range(steps):
         valid = queries - step
         expected = captured[step][0, prompt - 1 : prompt - 1 + valid]
-        assert torch.allclose(mine[step][0, :valid], expected, atol=1e-4), f"step {step}"
+        assert torch.allclose(mine[step][:valid], expected, atol=1e-4), f"step {step}"
+
+
+def test_a_sample_gets_the_same_logits_alone_and_in_a_batch(data: DraftData, target: Path) -> None:
+    from packager.draft.head import Eagle3Head
+    from packager.draft.states import collate, samples
+
+    found = samples(data.records(), data.states)[:6]
+    embeddings = load_file(target / "model.safetensors")["model.word_embeddings.weight"].float()
+    head = Eagle3Head(draft_config(TARGET, SPEC), embeddings)
+    head.initialise(0, embeddings[: SPEC.vocab_size], torch.ones(HIDDEN))
+    with torch.no_grad():
+        together = head(collate(found, aux=3, hidden=HIDDEN, steps=3), 3)
+        begin = 0
+        for sample in found:
+            alone = head(collate([sample], aux=3, hidden=HIDDEN, steps=3), 3)
+            for step in range(3):
+                part = together[step][begin : begin + sample.queries]
+                assert torch.allclose(part, alone[step], atol=1e-4), f"step {step} of {sample.path.name}"
+            begin += sample.queries
 
 
 def test_loss_is_speculators_kl_up_to_the_targets_own_entropy(data: DraftData, target: Path) -> None:
@@ -242,17 +264,16 @@ def test_loss_is_speculators_kl_up_to_the_targets_own_entropy(data: DraftData, t
 
     sample = samples(data.records()[:1], data.states)
     batch = collate(sample, aux=3, hidden=HIDDEN, steps=1)
-    queries = batch.tokens.shape[1] - 1
-    logits = torch.randn(1, queries, VOCAB)
+    logits = torch.randn(len(batch.tokens), VOCAB)
     weights = load_file(target / "model.safetensors")
     rows = weights["lm_head.weight"].float()
-    found, exists, _ = draft_loss(
+    found, _, _ = draft_loss(
         [logits], batch, Target(rows, rows, torch.ones(HIDDEN), 1e-6), torch.arange(VOCAB)
     )
-    last = batch.last[:, :queries].float()
+    last = batch.last[:, 0].float()
     goal = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6) @ rows.T
     entropy = -(goal.softmax(-1) * goal.log_softmax(-1)).sum(-1)
-    expected = (losses.kl_div_loss(logits, goal) + entropy)[exists[0]].mean()
+    expected = (losses.kl_div_loss(logits, goal) + entropy).mean()
     assert torch.allclose(found, expected, rtol=1e-4)
 
 

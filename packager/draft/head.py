@@ -3,7 +3,7 @@
 Why not speculators' `Eagle3DraftModel`, which a test compares this with, logit by logit: it runs over one
 packed row and computes every position through attention, MLP and head, with a dense `[T, (steps) T]` mask on
 CPU. Of an instruction sample only the response positions carry loss. Here prompts contribute keys and values
-alone (one layer, so nothing else of them is ever read), samples are padded per batch instead of packed, and
+alone (one layer, so nothing else of them is ever read), padding is for attention alone, and
 the keys that a further step adds, one for each query, enter as one extra score column instead of a `T x T`
 diagonal block.
 
@@ -27,28 +27,37 @@ from packager.bailing.model import MLP, RMSNorm, rotary_tables
 
 @dataclass
 class DraftBatch:
-    """Padded samples. B samples, L key positions, Q query positions, S steps."""
+    """Samples padded for attention, their N queries packed for everything else. B samples, L key
+    positions."""
 
     keys: Tensor
     """[B, L] int64: x[1 : L+1]."""
     states: Tensor
     """[B, L, aux * hidden]: target states g[0 : L], layers side by side."""
-    first: Tensor
-    """[B] int64: position of the first query, the last prompt token."""
-    query_count: Tensor
-    """[B] int64: queries that are not padding."""
+    row: Tensor
+    """[N] int64: sample of each query, ascending."""
+    place: Tensor
+    """[N] int64: position i of each query in its sample."""
+    slot: Tensor
+    """[N] int64: number of each query among those of its sample, from 0."""
     tokens: Tensor
-    """[B, Q + S] int64: x[first+1 :]; step k reads columns k … k+Q, labels are one further."""
+    """[N, S + 1] int64: x[i+1 : i+2+S]; step k reads column k, its label is column k + 1; -1 past the end."""
     last: Tensor
-    """[B, Q + S, hidden]: the target's last hidden states before its final norm, column c the one that
-    predicts `tokens[:, c + 1]`."""
+    """[N, S, hidden]: the target's states, before its final norm, that predict columns 1 … S of `tokens`."""
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neox-style rotation of `x` [B, T, heads, dim] by tables [B or 1, T, dim]."""
+    """Neox-style rotation of `x` [..., T, heads, dim] by tables [T, dim]."""
     a, b = x.chunk(2, dim=-1)
     turned = torch.cat((-b, a), dim=-1)
-    return x * cos.unsqueeze(2).to(x.dtype) + turned * sin.unsqueeze(2).to(x.dtype)
+    return x * cos.unsqueeze(-2).to(x.dtype) + turned * sin.unsqueeze(-2).to(x.dtype)
+
+
+def _spread(packed: Tensor, batch: DraftBatch, width: int) -> Tensor:
+    """[N, ...] -> [B, width, ...], zeros where a sample has no query."""
+    flat = packed.new_zeros(len(batch.keys) * width, *packed.shape[1:])
+    flat = flat.index_copy(0, batch.row * width + batch.slot, packed)
+    return flat.view(len(batch.keys), width, *packed.shape[1:])
 
 
 class SelfAttention(nn.Module):
@@ -64,8 +73,8 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, 2 * hidden] -> rotated keys and values, each [B, T, KV heads, head_dim]."""
-        shape = (*x.shape[:2], self.kv_heads, self.head_dim)
+        """[..., T, 2 * hidden] -> rotated keys and values, each [..., T, KV heads, head_dim]."""
+        shape = (*x.shape[:-1], self.kv_heads, self.head_dim)
         return _rotate(self.k_proj(x).view(shape), cos, sin), self.v_proj(x).view(shape)
 
     def attend(
@@ -73,29 +82,34 @@ class SelfAttention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
+        batch: DraftBatch,
         context: tuple[Tensor, Tensor],
         own: list[tuple[Tensor, Tensor]],
         mask: Tensor,
     ) -> Tensor:
-        """Queries `x` [B, Q, 2 * hidden] over `context` ([B, L, KV heads, dim] twice, `mask` [B, Q, L] True
-        where visible) and over each query's own keys of later steps ([B, Q, KV heads, dim] twice each)."""
-        batch, length, _ = x.shape
-        group = self.heads // self.kv_heads
-        q = _rotate(self.q_proj(x).view(batch, length, self.heads, self.head_dim), cos, sin)
-        q = q.view(batch, length, self.kv_heads, group, self.head_dim) * self.head_dim**-0.5
-        # [B, KV heads, group * Q, dim]
-        flat = q.permute(0, 2, 3, 1, 4).reshape(batch, self.kv_heads, group * length, self.head_dim)
+        """Packed queries `x` [N, 2 * hidden] over `context` ([B, L, KV heads, dim] twice; `mask` [B, Q, L]
+        True where visible) and over each query's own keys of later steps ([N, KV heads, dim] twice each)."""
+        group, width = self.heads // self.kv_heads, mask.shape[1]
+        q = _rotate(self.q_proj(x).view(-1, self.heads, self.head_dim), cos, sin) * self.head_dim**-0.5
+        q = q.view(-1, self.kv_heads, group, self.head_dim)
         keys, values = context
-        scores = (flat @ keys.permute(0, 2, 3, 1)).view(batch, self.kv_heads, group, length, -1).float()
+        samples, length = keys.shape[:2]
+        # [B, KV heads, group * Q, dim] against [B, KV heads, dim, L]
+        wide = _spread(q, batch, width).permute(0, 2, 3, 1, 4)
+        scores = wide.reshape(samples, self.kv_heads, group * width, -1) @ keys.permute(0, 2, 3, 1)
+        scores = scores.view(samples, self.kv_heads, group, width, length).float()
         columns = [scores.masked_fill(~mask[:, None, None], float("-inf"))]
-        columns += [torch.einsum("bqhgd,bqhd->bhgq", q, key).unsqueeze(-1).float() for key, _ in own]
+        for key, _ in own:
+            score = (q * key.unsqueeze(2)).sum(-1).float()  # [N, KV heads, group]
+            columns.append(_spread(score, batch, width).permute(0, 2, 3, 1).unsqueeze(-1))
         weights = torch.cat(columns, dim=-1).softmax(-1).to(values.dtype)
-        over = weights[..., : keys.shape[1]].reshape(batch, self.kv_heads, group * length, -1)
-        out = (over @ values.permute(0, 2, 1, 3)).view(batch, self.kv_heads, group, length, self.head_dim)
+        over = weights[..., :length].reshape(samples, self.kv_heads, group * width, length)
+        out = (over @ values.permute(0, 2, 1, 3)).view(samples, self.kv_heads, group, width, self.head_dim)
+        packed = out.permute(0, 3, 1, 2, 4)[batch.row, batch.slot]  # [N, KV heads, group, dim]
         for step, (_, value) in enumerate(own):
-            share = weights[..., keys.shape[1] + step].unsqueeze(-1)
-            out = out + share * value.permute(0, 2, 1, 3).unsqueeze(2)
-        return self.o_proj(out.permute(0, 3, 1, 2, 4).reshape(batch, length, -1))  # type: ignore[no-any-return]
+            share = weights[..., length + step].permute(0, 3, 1, 2)[batch.row, batch.slot]
+            packed = packed + share.unsqueeze(-1) * value.unsqueeze(2)
+        return self.o_proj(packed.flatten(1))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -151,30 +165,28 @@ class Eagle3Head(nn.Module):
             self.norm.weight.copy_(norm)
 
     def forward(self, batch: DraftBatch, steps: int) -> list[Tensor]:
-        """Logits of each step over the draft vocabulary, `steps` tensors [B, Q, draft vocab]."""
-        length, queries = batch.keys.shape[1], batch.tokens.shape[1] - steps
+        """Logits of each step over the draft vocabulary, `steps` tensors [N, draft vocab]."""
+        length = batch.keys.shape[1]
         cos, sin = rotary_tables(self.config, length + steps)
         layer = self.midlayer
         states = self.fc(batch.states.to(self.fc.weight.dtype))
         x = layer.inputs(F.embedding(batch.keys, self.embed_tokens), states)
-        context = layer.self_attn.keys_values(x, cos[None, :length], sin[None, :length])
+        context = layer.self_attn.keys_values(x, cos[:length], sin[:length])
 
-        place = batch.first[:, None] + torch.arange(queries)  # [B, Q] position i of each query
-        place = place.clamp(max=length - 1)
-        mask = torch.arange(length) <= place.unsqueeze(-1)  # padding lies behind every real query
-        wide = place.unsqueeze(-1)
-        states = states.gather(1, wide.expand(-1, -1, states.shape[-1]))
-        x = x.gather(1, wide.expand(-1, -1, x.shape[-1]))
+        # Queries start behind the prompt, so a slot's position differs from sample to sample.
+        width = int(batch.slot.max()) + 1
+        visible = _spread(batch.place, batch, width)
+        mask = torch.arange(length) <= visible.unsqueeze(-1)
+        states, x = states[batch.row, batch.place], x[batch.row, batch.place]
         own: list[tuple[Tensor, Tensor]] = []
         logits = []
         for step in range(steps):
-            turn = cos[place + step], sin[place + step]
+            turn = cos[batch.place + step], sin[batch.place + step]
             if step:
-                x = layer.inputs(
-                    F.embedding(batch.tokens[:, step : step + queries], self.embed_tokens), states
-                )
+                tokens = batch.tokens[:, step].clamp(min=0)
+                x = layer.inputs(F.embedding(tokens, self.embed_tokens), states)
                 own.append(layer.self_attn.keys_values(x, *turn))
-            mixed = states + layer.self_attn.attend(x, *turn, context, own, mask)
+            mixed = states + layer.self_attn.attend(x, *turn, batch, context, own, mask)
             states = mixed + layer.mlp(layer.post_attention_layernorm(mixed))
             logits.append(self.lm_head(self.norm(states)))
         return logits

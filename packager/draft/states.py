@@ -76,26 +76,34 @@ def load_states(sample: Sample, aux: int, hidden: int) -> tuple[Tensor, Tensor]:
 
 
 def collate(group: Sequence[Sample], *, aux: int, hidden: int, steps: int) -> DraftBatch:
-    """Read and pad a group of samples. Lengths are rounded up to 16, so that matrix shapes repeat."""
+    """Read a group of samples. Key lengths are rounded up to 16, so that matrix shapes repeat."""
     length = _round_up(max(len(s.ids) for s in group) - 2)
-    queries = _round_up(max(s.queries for s in group))
+    total = sum(s.queries for s in group)
     batch = DraftBatch(
         keys=torch.zeros(len(group), length, dtype=torch.long),
         states=torch.zeros(len(group), length, aux * hidden, dtype=torch.bfloat16),
-        first=torch.tensor([s.prompt - 1 for s in group]),
-        query_count=torch.tensor([s.queries for s in group]),
-        tokens=torch.zeros(len(group), queries + steps, dtype=torch.long),
-        last=torch.zeros(len(group), queries + steps, hidden, dtype=torch.bfloat16),
+        row=torch.empty(total, dtype=torch.long),
+        place=torch.empty(total, dtype=torch.long),
+        slot=torch.empty(total, dtype=torch.long),
+        tokens=torch.full((total, steps + 1), -1, dtype=torch.long),
+        last=torch.zeros(total, steps, hidden, dtype=torch.bfloat16),
     )
+    begin = 0
     for row, sample in enumerate(group):
         fused, last = load_states(sample, aux, hidden)
-        count = len(sample.ids) - 2
+        count, queries = len(sample.ids) - 2, sample.queries
+        here = slice(begin, begin + queries)
         batch.keys[row, :count] = torch.tensor(sample.ids[1:-1])
         batch.states[row, :count] = fused[:count]
-        response = torch.tensor(sample.ids[sample.prompt :])
-        batch.tokens[row, : len(response)] = response
-        # Column c predicts response token c + 1, so it is the state at position prompt + c.
-        batch.last[row, : len(response) - 1] = last[sample.prompt :]
+        batch.row[here] = row
+        batch.slot[here] = torch.arange(queries)
+        batch.place[here] = batch.slot[here] + sample.prompt - 1
+        response, predicting = torch.tensor(sample.ids[sample.prompt :]), last[sample.prompt :]
+        for step in range(steps + 1):
+            batch.tokens[here][: len(response) - step, step] = response[step : step + queries]
+            if step < steps:
+                batch.last[here][: queries - step, step] = predicting[step:]
+        begin += queries
     return batch
 
 

@@ -84,35 +84,30 @@ def fast_bf16() -> bool:
 def draft_loss(
     logits: Sequence[Tensor], batch: DraftBatch, target: Target, to_draft: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Loss, and for each step where a draft exists and where it is right, bool [B, Q] each.
+    """Loss, and for each step which queries have a token to predict and which predict it, bool [N] each.
 
-    The loss of a position is the cross-entropy against the target's distribution over the draft vocabulary
-    (its forward KL up to a constant), where the target's own token is in that vocabulary; elsewhere nothing
-    the head does is accepted. `to_draft` [vocab] int64 maps target tokens to draft ids, -1 outside.
+    The loss of a query is the cross-entropy against the target's distribution over the draft vocabulary (its
+    forward KL up to a constant), where the target's own token is in that vocabulary; elsewhere nothing the
+    head does is accepted. `to_draft` [vocab] int64 maps target tokens to draft ids, -1 outside.
     """
-    queries = logits[0].shape[1]
     with torch.no_grad():
         last = batch.last.float()
         normed = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + target.eps) * target.norm
-        goal = F.linear(normed, target.head_rows).float().softmax(-1)
-        labels = to_draft[batch.tokens]
+        goal = F.linear(normed, target.head_rows).softmax(-1)
+        labels = to_draft[batch.tokens.clamp(min=0)].masked_fill(batch.tokens < 0, -1)
     total = logits[0].new_zeros((), dtype=torch.float32)
     norm = 0.0
     exists, right = [], []
-    ranks = torch.arange(queries)
     for step, rows in enumerate(logits):
-        there = ranks < (batch.query_count - step).unsqueeze(1)
-        label = labels[:, step + 1 : step + 1 + queries]
-        if label.shape[1] < queries:
-            label = F.pad(label, (0, queries - label.shape[1]), value=-1)
-        mask = there & (label >= 0)
+        label = labels[:, step + 1]
+        known = label >= 0
         wide = rows.float()
-        loss = -(goal[:, step : step + queries] * wide.log_softmax(-1)).sum(-1)
+        loss = -(goal[:, step] * wide.log_softmax(-1)).sum(-1)
         weight = STEP_DECAY**step
-        total = total + weight * (loss * mask).sum() / mask.sum().clamp(min=1)
+        total = total + weight * (loss * known).sum() / known.sum().clamp(min=1)
         norm += weight
-        exists.append(there)
-        right.append((wide.argmax(-1) == label) & there)
+        exists.append(batch.tokens[:, step + 1] >= 0)
+        right.append((wide.argmax(-1) == label) & known)
     return total / norm, exists, right
 
 

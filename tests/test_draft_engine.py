@@ -1,0 +1,136 @@
+"""The draft against a real target in a real vLLM: states are those of the layers meant, and the draft is
+used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packager.artifact import check
+from packager.context.extend import extend
+from packager.draft.acceptance import evaluate
+from packager.draft.prepare import DraftData, prepare
+from packager.draft.stage import build
+from packager.draft.validator import validate_draft
+from packager.nano import CHECKPOINT, language
+from packager.recipe import ContextSpec, DraftSpec
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SPEC = DraftSpec(vocab_size=512, aux_layers=(1, 2, 3), prompts=48, max_response_tokens=64, steps=60)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano model with YaRN, as the draft stage gets it."""
+    out = tmp_path_factory.mktemp("target") / "context"
+    extend(CHECKPOINT, out, ContextSpec(length=2048), recipe_digest="sha256:0")
+    return out
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def data(target: Path, workdir: Path) -> DraftData:
+    return prepare(target, SPEC, language.prompts(SPEC.prompts), workdir, lambda _: None)
+
+
+def _reference_states(target: Path, ids: list[int]) -> list[Any]:
+    """The plain torch forward in FP32: inputs of layers 0 … n-1 and the normed output, each [tokens,
+    hidden]."""
+    from safetensors.torch import load_file
+
+    from packager.bailing.model import BailingMoeV2
+
+    model = BailingMoeV2(json.loads((target / "config.json").read_text()))
+    model.load_tensors(load_file(target / "model.safetensors"))
+    model = model.float().eval()
+    with torch.no_grad():
+        _, hidden = model(torch.tensor([ids]), return_hidden=True)
+    return [state[0] for state in hidden]
+
+
+def test_captured_states_are_those_of_the_layers_meant(data: DraftData, target: Path) -> None:
+    """Cosine to the reference at the layer meant, and clearly less one layer off."""
+    from packager.draft.states import load_states, samples
+
+    longest = max(samples(data.records(), data.states), key=lambda sample: len(sample.ids))
+    aux, _ = load_states(longest, 3, 256)
+    reference = _reference_states(target, list(longest.ids[:-1]))
+    for place, layer in enumerate(SPEC.aux_layers):
+        captured = aux[:, place * 256 : (place + 1) * 256].float()
+        here, before, after = (
+            float(torch.cosine_similarity(captured, reference[number], dim=-1).mean())
+            for number in (layer, layer - 1, layer + 1)
+        )
+        assert here > 0.995, f"layer {layer}: {here}"
+        assert max(before, after) < 0.97, (
+            f"layer {layer} is hardly told from its neighbours: {before}, {after}"
+        )
+
+
+def test_last_state_predicts_the_response(data: DraftData, target: Path) -> None:
+    """Norm and head over the last captured state give back the tokens that the engine chose."""
+    from safetensors.torch import load_file
+
+    from packager.draft.states import load_states, samples
+
+    weights = load_file(target / "model.safetensors")
+    right = total = 0
+    for sample in samples(data.records(), data.states)[:12]:
+        last = load_states(sample, 3, 256)[1].float()[sample.prompt - 1 :]
+        normed = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6)
+        logits = normed * weights["model.norm.weight"].float() @ weights["lm_head.weight"].float().T
+        right += int((logits.argmax(-1) == torch.tensor(sample.ids[sample.prompt :])).sum())
+        total += len(logits)
+    assert right / total > 0.97
+
+
+def test_lost_responses_alone_are_generated_again(data: DraftData, target: Path) -> None:
+    """As after a kill: the second half of the responses is gone, one line is torn."""
+    lines = data.responses.read_bytes().splitlines(keepends=True)
+    before = data.records()
+    kept = lines[:30]
+    data.responses.write_bytes(b"".join(kept) + lines[30][:40])
+    (data.workdir / "complete").unlink()
+    progress: list[str] = []
+    prepare(target, SPEC, language.prompts(SPEC.prompts), data.workdir, progress.append)
+    assert f"draft: {len(kept)}/{len(lines)} responses with hidden states" in progress
+    assert data.responses.read_bytes().splitlines(keepends=True)[:30] == kept
+    assert [record["id"] for record in data.records()] == [record["id"] for record in before]
+
+
+def test_stage_builds_a_draft_that_vllm_accepts_tokens_from(
+    data: DraftData, target: Path, tmp_path: Path
+) -> None:
+    from packager.serving import Server, ServeSpec
+
+    draft = tmp_path / "draft"
+    manifest = build(
+        target,
+        draft,
+        SPEC,
+        language.prompts(SPEC.prompts),
+        recipe_digest="sha256:0",
+        inputs={"context": check(target).digest},
+        workdir=data.workdir,
+        progress=lambda _: None,
+    )
+    assert check(draft).digest == manifest.digest
+    assert validate_draft(draft, json.loads((target / "config.json").read_text())) == []
+    with Server(ServeSpec(target, draft=draft), tmp_path / "server.log") as server:
+        found = evaluate(
+            server.url, "model", server.metrics, language.heldout_items(2), max_tokens=48, concurrency=4
+        )
+    assert len(found.total.per_position) == 3
+    assert found.total.length > 1.5
+    assert found.total.length == pytest.approx(1 + sum(found.total.per_position), abs=1e-6)
