@@ -37,8 +37,8 @@ def reduced_nano(path: Path, **sections: dict[str, Any]) -> Path:
     document = yaml.safe_load((RECIPES / "nano.yaml").read_text(encoding="utf-8"))
     document["draft"].update(prompts=48, steps=20, max_response_tokens=96)
     document["validate"].update(
-        items_per_task=3,
-        long_items=3,
+        items_per_task=4,
+        long_items=4,
         identity_prompts=12,
         concurrency=[1],
         throughput_prompts=4,
