@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +19,7 @@ from packager.errors import RemoteFailure, UsageProblem
 from packager.serving import guard
 from packager.serving.engine import ServeSpec, server_environment, vllm_command
 
+_QUIET = ("--disable-uvicorn-access-log",)  # a line a request would fill the tail that errors show
 _TAIL_LINES = 20
 _POLL_S = 0.1
 # A Python exception as vLLM logs it, with or without its process and level prefix.
@@ -135,7 +137,8 @@ class Server:
         else:
             self.port = free_port(self.host)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = vllm_command(self.spec, host=self.host, port=self.port)
+        spec = replace(self.spec, extra_args=(*self.spec.extra_args, *_QUIET))
+        command = vllm_command(spec, host=self.host, port=self.port)
         began = time.monotonic()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
