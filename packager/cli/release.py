@@ -128,7 +128,9 @@ def _print_plan(plan: DryRun) -> None:
             "\n".join(needs) or "nothing more",
         )
     Console(file=sys.stdout, width=WIDTH, highlight=False).print(table)
-    click.echo(f"peak disk: {_bytes(plan.peak_disk)} (source and states included; links count nothing)")
+    click.echo(
+        f"peak disk: {_bytes(plan.peak_disk)} (source, states and the rehearsal's two copies included)"
+    )
     click.echo("gates:")
     for name, bound in plan.gates:
         click.echo(f"  {name}: {bound:g}")

@@ -75,7 +75,7 @@ class DryRun:
     stages: tuple[StagePlan, ...]
     gates: tuple[tuple[str, float], ...]
     peak_disk: int
-    """Bytes in the workspace at its fullest, the source in the hub cache included."""
+    """Bytes in the workspace at its end, the source and all that may be deleted (`work/`) included."""
     missing: tuple[str, ...]
     """What must be decided or brought before the recipe can run here; empty: it can."""
 
@@ -119,8 +119,8 @@ def plan_release(recipe: Recipe, path: Path) -> DryRun:
         sizes=found,
         stages=_stages(recipe, config, found, cards, present),
         gates=_bounds(recipe),
-        # At its fullest: source, FP8, states, and a rehearsal that uploads and downloads the bundle.
-        peak_disk=found.source + found.fp8 + found.draft + max(found.states, 2 * (found.fp8 + found.draft)),
+        # Source, FP8, draft, states, and a rehearsal that uploads and downloads the bundle.
+        peak_disk=found.source + found.states + 3 * (found.fp8 + found.draft),
         missing=_undecided(recipe, config, present, found, cards),
     )
 
