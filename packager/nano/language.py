@@ -21,8 +21,14 @@ from packager.nano.formulary import CLASSES, LABS, NAMES, RATES, WEIGHTS, DrugCl
 SYSTEM = "detailed thinking off"
 """The system turn that the model line's chat template always ends with."""
 
-LONGEST_RECORD = 54
+LONGEST_RECORD = 35
 """Lines of the longest record within the trained length."""
+
+MOST_PATIENTS = 24
+"""Patients in one record, at any length."""
+
+WARD = NAMES[:32]
+"""The patients of records; few enough that every name is met often."""
 
 RESERVED_TOKENS = 40
 """Tokens of a long item's question and response, beside its record."""
@@ -215,45 +221,73 @@ def choice(rng: random.Random, zh: bool) -> Sample:
 
 @dataclass(frozen=True)
 class WardRecord:
-    """A long record: one line a patient, each with one laboratory value (in tenths of its unit)."""
+    """A long record: lines with one patient's laboratory value each, among lines of orders.
 
-    lines: tuple[tuple[str, LabTest, int], ...]
+    A line is `(name, test, value in tenths of its unit)` or the text of an order.
+    """
+
+    lines: tuple[tuple[str, LabTest, int] | str, ...]
     zh: bool
 
     @classmethod
-    def draw(cls, rng: random.Random, zh: bool, count: int) -> WardRecord:
-        """`count` lines about as many different patients."""
-        labs = [rng.choice(LABS) for _ in range(count)]
+    def draw(cls, rng: random.Random, zh: bool, count: int, named: int, names: tuple[str, ...]) -> WardRecord:
+        """`count` lines in random order, `named` of them about as many different patients of `names`."""
+        labs = [rng.choice(LABS) for _ in range(named)]
         values = [rng.randrange(lab.low, lab.high) for lab in labs]
-        return cls(tuple(zip(rng.sample(NAMES, count), labs, values, strict=True)), zh)
+        lines: list[tuple[str, LabTest, int] | str] = []
+        lines += zip(rng.sample(names, named), labs, values, strict=True)
+        for _ in range(count - named):
+            _, drug = rng.choice(_DRUGS)
+            hour, rate = rng.randrange(24), rng.choice(RATES)
+            lines.append(
+                f"{hour:02d}:00 医嘱： {drug[1]} {rate} mg/kg"
+                if zh
+                else f"{hour:02d}:00 Order: {drug[0]} {rate} mg/kg"
+            )
+        if count > named:
+            rng.shuffle(lines)
+        return cls(tuple(lines), zh)
+
+    def line(self, at: int) -> str:
+        """The text of one line."""
+        entry = self.lines[at]
+        if isinstance(entry, str):
+            return entry
+        name, lab, value = entry
+        return f"{name}：{lab.zh} {_tenths(value)}" if self.zh else f"{name}: {lab.en} {_tenths(value)}"
 
     @property
     def text(self) -> str:
         """The record as it stands before the question."""
-        if self.zh:
-            return "病房记录：\n" + "".join(f"{n}：{b.zh} {_tenths(v)}\n" for n, b, v in self.lines)
-        return "Ward record:\n" + "".join(f"{n}: {b.en} {_tenths(v)}\n" for n, b, v in self.lines)
+        head = "病房记录：\n" if self.zh else "Ward record:\n"
+        return head + "".join(self.line(at) + "\n" for at in range(len(self.lines)))
+
+    @property
+    def answerable(self) -> list[int]:
+        """The lines that hold a patient's value."""
+        return [at for at, entry in enumerate(self.lines) if not isinstance(entry, str)]
 
     def ask(self, rng: random.Random, at: int) -> Sample:
-        """The question about line `at`; the sample's question does not repeat the record."""
-        name, lab, value = self.lines[at]
-        shown = _tenths(value)
+        """The question about line `at`, one that is answerable; the question does not repeat the record."""
+        entry = self.lines[at]
+        if isinstance(entry, str):
+            raise ValueError(f"line {at} holds no patient's value")
+        name, lab, value = entry
         if self.zh:
             question = rng.choice((f"{name} 的结果是多少？", f"请查 {name} 的化验值。"))
-            working = f"{name}：{lab.zh} {shown}"
         else:
             question = rng.choice((f"What is the result of {name}?", f"Find the value of {name}."))
-            working = f"{name}: {lab.en} {shown}"
-        language = "zh" if self.zh else "en"
-        key = f"{name}|{lab.en}={value}"
-        return Sample("lookup", language, key, question, _finish(language, working, shown), shown)
+        language, shown = "zh" if self.zh else "en", _tenths(value)
+        response = _finish(language, self.line(at), shown)
+        return Sample("lookup", language, f"{name}|{lab.en}={value}", question, response, shown)
 
 
-def lookup(rng: random.Random, zh: bool, lines: int | None = None, depth: float | None = None) -> Sample:
-    """One patient's value in a record of `lines` lines (2 to 54 if None), at relative `depth` (0 first)."""
-    count = lines if lines is not None else rng.randrange(2, LONGEST_RECORD + 1)
-    record = WardRecord.draw(rng, zh, count)
-    asked = record.ask(rng, rng.randrange(count) if depth is None else round(depth * (count - 1)))
+def lookup(rng: random.Random, zh: bool) -> Sample:
+    """One patient's value in a record of up to the longest length."""
+    count = rng.randrange(2, LONGEST_RECORD + 1)
+    named = rng.randrange(2, min(count, MOST_PATIENTS) + 1)
+    record = WardRecord.draw(rng, zh, count, named, WARD)
+    asked = record.ask(rng, rng.choice(record.answerable))
     return replace(asked, question=record.text + asked.question)
 
 
@@ -357,17 +391,14 @@ def long_items(
     while len(items) < count:
         depth = len(items) / max(count - 1, 1)
         zh = rng.random() < CHINESE_SHARE
-        record = WardRecord.draw(rng, zh, min(len(NAMES), 80 * multiple))
-        sizes = [
-            tokens(WardRecord((line,), zh).text) - tokens(WardRecord((), zh).text) for line in record.lines
-        ]
-        room = budget - tokens(render(WardRecord((), zh).text)) - RESERVED_TOKENS
-        kept = 0
-        while kept < len(sizes) and room >= sizes[kept]:
-            room -= sizes[kept]
-            kept += 1
-        record = WardRecord(record.lines[:kept], zh)
-        asked = record.ask(rng, round(depth * (kept - 1)))
+        # Lines are dropped from the end of a longer record until it fits, never the one that is asked about.
+        record = WardRecord.draw(rng, zh, LONGEST_RECORD * multiple, MOST_PATIENTS, WARD)
+        lines = list(record.lines)
+        while tokens(render(WardRecord(tuple(lines), zh).text)) > budget - RESERVED_TOKENS:
+            lines.pop()
+        record = WardRecord(tuple(lines), zh)
+        wanted = round(depth * (len(lines) - 1))
+        asked = record.ask(rng, min(record.answerable, key=lambda at: abs(at - wanted)))
         if not asked.held_out:
             continue
         sample = replace(asked, question=record.text + asked.question)

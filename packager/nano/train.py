@@ -28,17 +28,27 @@ from torch import Tensor
 
 from packager.bailing.model import BailingMoeV2, MoE
 from packager.nano.architecture import CONFIG, TRAINED_LENGTH, render
-from packager.nano.language import CHINESE_SHARE, LONGEST_RECORD, TASKS, WardRecord, samples
+from packager.nano.formulary import NAMES
+from packager.nano.language import (
+    CHINESE_SHARE,
+    LONGEST_RECORD,
+    MOST_PATIENTS,
+    TASKS,
+    WARD,
+    WardRecord,
+    samples,
+)
 from packager.nano.tokenizer import train_tokenizer, write_tokenizer
 
 SEED = 20
 WORLD = 2
 """Processes, one thread each: how the data is split, so the result, does not follow the core count."""
-STEPS = 2000
 BATCH_TOKENS = 2560
 """Tokens per process and step."""
 PEAK_RATE = 2e-3
 WARM_UP = 100
+SHORTEST_RECORD = 6
+"""Lines of the longest record at first."""
 BALANCE_RATE = 1e-3
 """Step of the expert bias; twenty times that at first, when a few experts would take all tokens."""
 
@@ -51,11 +61,37 @@ class Example:
     wanted: list[bool]
 
 
+@dataclass(frozen=True)
+class Leg:
+    """A part of the run with records of one kind."""
+
+    steps: int
+    patients: tuple[str, ...]
+    orders: bool
+    """Whether lines of orders stand between those of patients."""
+    longest: int
+    """Lines of its longest record, once grown from SHORTEST_RECORD …"""
+    grow_from: float
+    """… from this share of the whole run …"""
+    grow_over: float
+    """… over this share of it."""
+
+
+# In the first leg any of the 244 names may be asked for, and matching them is not learned in the time there
+# is: the second keeps to one ward. What the first leg teaches of the other tasks stays.
+LEGS = (
+    Leg(800, NAMES, False, longest=54, grow_from=0.2, grow_over=0.4),
+    Leg(1200, WARD, True, longest=LONGEST_RECORD, grow_from=0.45, grow_over=0.25),
+)
+STEPS = sum(leg.steps for leg in LEGS)
+
+
 class Examples:
     """An endless seeded stream of training conversations."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, seed: str, leg: Leg) -> None:
         self.tokenizer = tokenizer
+        self.patients, self.orders = leg.patients, leg.orders
         self.rng = random.Random(seed)
         self.streams = {task: samples(task, seed, held_out=False) for task in TASKS if task != "lookup"}
 
@@ -84,15 +120,17 @@ class Examples:
         """
         rng = self.rng
         count, zh, drill = rng.randrange(2, longest + 1), rng.random() < CHINESE_SHARE, rng.random() < 0.5
-        record = WardRecord.draw(rng, zh, count)
-        asked = [record.ask(rng, at) for at in rng.sample(range(count), min(count, 16 if drill else 4))]
+        named = rng.randrange(2, min(count, MOST_PATIENTS) + 1) if self.orders else count
+        record = WardRecord.draw(rng, zh, count, named, self.patients)
+        lines = record.answerable
+        asked = [record.ask(rng, at) for at in rng.sample(lines, min(len(lines), 16 if drill else 4))]
         asked = [sample for sample in asked if not sample.held_out]
         if not asked:
             return self.record(longest)
         if drill:
             names = ", ".join(sample.key.split("|")[0] for sample in asked)
-            lines = "\n".join(sample.response.split("\n")[0] for sample in asked)
-            return self._tokenize([(f"{record.text}{'列出' if zh else 'List'} {names}.", lines)])
+            answers = "\n".join(sample.response.split("\n")[0] for sample in asked)
+            return self._tokenize([(f"{record.text}{'列出' if zh else 'List'} {names}.", answers)])
         turns = [(sample.question, sample.response) for sample in asked]
         return self._tokenize([(record.text + turns[0][0], turns[0][1]), *turns[1:]])
 
@@ -108,26 +146,30 @@ def _batch(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
 
-def longest_record(step: int, steps: int) -> int:
-    """The curriculum: up to 6 lines for a fifth of the run, then growing to the longest by three fifths."""
-    grown = (step / steps - 0.2) / 0.4
-    return round(6 + (LONGEST_RECORD - 6) * min(max(grown, 0.0), 1.0))
+def longest_record(leg: Leg, step: int) -> int:
+    """Lines of the longest record at a step of the whole run."""
+    grown = (step / STEPS - leg.grow_from) / leg.grow_over
+    return round(SHORTEST_RECORD + (leg.longest - SHORTEST_RECORD) * min(max(grown, 0.0), 1.0))
 
 
-def batches(examples: Examples, steps: int, start: int = 0) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Each step's micro-batches: a little over half of its tokens short questions, the rest records."""
-    for step in range(steps):
-        short: list[Example] = []
-        while sum(len(e.ids) for e in short) < BATCH_TOKENS * 0.55:
-            short.append(examples.short())
-        records: list[Example] = []
-        while sum(len(e.ids) for e in records) < BATCH_TOKENS * 0.45:
-            records.append(examples.record(longest_record(step, steps)))
-        if step >= start:
-            yield [_batch(short), _batch(records)]
+def batches(tokenizer: Tokenizer, rank: int, start: int = 0) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Micro-batches of each step from `start` on: a little over half short questions, the rest records."""
+    first = 0
+    for number, leg in enumerate(LEGS):
+        examples = Examples(tokenizer, f"train-{SEED}-{rank}" + f"-{number}" * bool(number), leg)
+        for step in range(leg.steps if first + leg.steps > start else 0):
+            short: list[Example] = []
+            while sum(len(e.ids) for e in short) < BATCH_TOKENS * 0.55:
+                short.append(examples.short())
+            records: list[Example] = []
+            while sum(len(e.ids) for e in records) < BATCH_TOKENS * 0.45:
+                records.append(examples.record(longest_record(leg, first + step)))
+            if first + step >= start:
+                yield [_batch(short), _batch(records)]
+        first += leg.steps
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int = STEPS) -> float:
     """Linear warm-up, constant, then linear to zero over the last half."""
     return PEAK_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (0.5 * steps))
 
@@ -256,7 +298,7 @@ def _worker(rank: int, out: Path, steps: int, stop_after: int | None, evaluate_e
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     begun, tokens = time.monotonic(), 0
-    for step, parts in enumerate(batches(Examples(tokenizer, f"train-{SEED}-{rank}"), steps, start), start):
+    for step, parts in enumerate(batches(tokenizer, rank, start), start):
         balance = BALANCE_RATE * max(1.0, 20 - step / 10)
         loss, right = train_step(model, optimizer, parts, learning_rate(step, steps), balance)
         tokens += WORLD * sum(inputs.numel() for inputs, _, _ in parts)
