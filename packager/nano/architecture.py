@@ -1,4 +1,4 @@
-"""The nano model's config.json: BailingMoeV2 complete, 7.2 M parameters, every matrix a multiple of 128."""
+"""The nano model's config.json: BailingMoeV2 complete, 7.3 M parameters, every matrix a multiple of 128."""
 
 from __future__ import annotations
 
