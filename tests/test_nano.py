@@ -60,9 +60,9 @@ def test_a_lookup_answer_stands_on_the_line_of_the_patient_asked() -> None:
     for item in heldout_items(100):
         if item["task"] == "lookup":
             name = item["meta"]["combination"].split("|")[0]
-            lines = re.findall(rf"^{name}[:：].*$", item["messages"][-1]["content"], re.MULTILINE)
-            assert len(lines) == 1
-            assert lines[0].endswith(" " + item["answer"])
+            lines = re.findall(rf"^{name} .*$", item["messages"][-1]["content"], re.MULTILINE)
+            assert lines[0] == f"{name} {item['answer']}"
+            assert len([line for line in lines if "？" not in line]) == 1
 
 
 def test_no_combination_stands_on_both_sides_of_the_split() -> None:
@@ -114,6 +114,9 @@ def test_long_items_fill_their_length_and_never_pass_it(multiple: int) -> None:
         )
     assert items[0]["meta"]["depth"] == 0
     assert items[-1]["meta"]["depth"] == 1
+    for item, line in ((items[0], 1), (items[-1], -2)):
+        text = item["messages"][-1]["content"].split("\n")[line]
+        assert text == item["meta"]["combination"].split("|")[0] + " " + item["answer"]
 
 
 def test_names_are_single_tokens_at_the_start_of_a_line_and_within_one() -> None:

@@ -21,7 +21,7 @@ from packager.nano.formulary import CLASSES, LABS, NAMES, RATES, WEIGHTS, DrugCl
 SYSTEM = "detailed thinking off"
 """The system turn that the model line's chat template always ends with."""
 
-LONGEST_RECORD = 35
+LONGEST_RECORD = 42
 """Lines of the longest record within the trained length."""
 
 MOST_PATIENTS = 24
@@ -220,74 +220,111 @@ def choice(rng: random.Random, zh: bool) -> Sample:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A record's line about one patient: what is found there, and the name of that combination."""
+
+    name: str
+    text: str
+    answer: str
+    key: str
+
+
+def laboratory_entries(rng: random.Random, zh: bool, names: tuple[str, ...], count: int) -> list[Entry]:
+    """`Name: test value` of `count` different patients."""
+    labs = [rng.choice(LABS) for _ in range(count)]
+    values = [rng.randrange(lab.low, lab.high) for lab in labs]
+    return [
+        Entry(
+            name,
+            f"{name}：{lab.zh} {_tenths(value)}" if zh else f"{name}: {lab.en} {_tenths(value)}",
+            _tenths(value),
+            f"{name}|{lab.en}={value}",
+        )
+        for name, lab, value in zip(rng.sample(names, count), labs, values, strict=True)
+    ]
+
+
+def medication_entries(rng: random.Random, zh: bool, names: tuple[str, ...], count: int) -> list[Entry]:
+    """`Name drug` of `count` different patients."""
+    drugs = [rng.choice(_DRUGS)[1] for _ in range(count)]
+    return [
+        Entry(name, f"{name} {drug[zh]}", drug[zh], f"{name}|{drug[0]}")
+        for name, drug in zip(rng.sample(names, count), drugs, strict=True)
+    ]
+
+
+def _order(rng: random.Random, zh: bool) -> str:
+    _, drug = rng.choice(_DRUGS)
+    hour, rate = rng.randrange(24), rng.choice(RATES)
+    return (
+        f"{hour:02d}:00 医嘱： {drug[1]} {rate} mg/kg"
+        if zh
+        else f"{hour:02d}:00 Order: {drug[0]} {rate} mg/kg"
+    )
+
+
+def _measurement(rng: random.Random, zh: bool) -> str:
+    lab, hour = rng.choice(LABS), rng.randrange(24)
+    value = _tenths(rng.randrange(lab.low, lab.high))
+    return f"{hour:02d}:00 {lab.zh} {value}" if zh else f"{hour:02d}:00 {lab.en} {value}"
+
+
+_QUESTIONS = {
+    False: (
+        ("What is the result of {}?", "Find the value of {}."),
+        ("{} 的结果是多少？", "请查 {} 的化验值。"),
+    ),
+    True: (("What does {} receive?", "Find the drug of {}."), ("{} 使用什么药？", "请查 {} 的用药。")),
+}
+
+
+@dataclass(frozen=True)
 class WardRecord:
-    """A long record: lines with one patient's laboratory value each, among lines of orders.
+    """A long record: lines about patients, each named once, among lines about none."""
 
-    A line is `(name, test, value in tenths of its unit)` or the text of an order.
-    """
-
-    lines: tuple[tuple[str, LabTest, int] | str, ...]
+    lines: tuple[Entry | str, ...]
     zh: bool
+    medication: bool
+    """It lists each patient's drug; otherwise, a laboratory value."""
 
     @classmethod
-    def draw(cls, rng: random.Random, zh: bool, count: int, named: int, names: tuple[str, ...]) -> WardRecord:
+    def draw(
+        cls, rng: random.Random, zh: bool, count: int, named: int, names: tuple[str, ...], *, medication: bool
+    ) -> WardRecord:
         """`count` lines in random order, `named` of them about as many different patients of `names`."""
-        labs = [rng.choice(LABS) for _ in range(named)]
-        values = [rng.randrange(lab.low, lab.high) for lab in labs]
-        lines: list[tuple[str, LabTest, int] | str] = []
-        lines += zip(rng.sample(names, named), labs, values, strict=True)
-        for _ in range(count - named):
-            _, drug = rng.choice(_DRUGS)
-            hour, rate = rng.randrange(24), rng.choice(RATES)
-            lines.append(
-                f"{hour:02d}:00 医嘱： {drug[1]} {rate} mg/kg"
-                if zh
-                else f"{hour:02d}:00 Order: {drug[0]} {rate} mg/kg"
-            )
+        entries = medication_entries if medication else laboratory_entries
+        other = _measurement if medication else _order
+        lines: list[Entry | str] = [*entries(rng, zh, names, named)]
+        lines += [other(rng, zh) for _ in range(count - named)]
         if count > named:
             rng.shuffle(lines)
-        return cls(tuple(lines), zh)
-
-    def line(self, at: int) -> str:
-        """The text of one line."""
-        entry = self.lines[at]
-        if isinstance(entry, str):
-            return entry
-        name, lab, value = entry
-        return f"{name}：{lab.zh} {_tenths(value)}" if self.zh else f"{name}: {lab.en} {_tenths(value)}"
+        return cls(tuple(lines), zh, medication)
 
     @property
     def text(self) -> str:
         """The record as it stands before the question."""
         head = "病房记录：\n" if self.zh else "Ward record:\n"
-        return head + "".join(self.line(at) + "\n" for at in range(len(self.lines)))
+        return head + "".join((line if isinstance(line, str) else line.text) + "\n" for line in self.lines)
 
     @property
-    def answerable(self) -> list[int]:
-        """The lines that hold a patient's value."""
-        return [at for at, entry in enumerate(self.lines) if not isinstance(entry, str)]
+    def entries(self) -> list[Entry]:
+        """The lines that a question can be about."""
+        return [line for line in self.lines if isinstance(line, Entry)]
 
-    def ask(self, rng: random.Random, at: int) -> Sample:
-        """The question about line `at`, one that is answerable; the question does not repeat the record."""
-        entry = self.lines[at]
-        if isinstance(entry, str):
-            raise ValueError(f"line {at} holds no patient's value")
-        name, lab, value = entry
-        if self.zh:
-            question = rng.choice((f"{name} 的结果是多少？", f"请查 {name} 的化验值。"))
-        else:
-            question = rng.choice((f"What is the result of {name}?", f"Find the value of {name}."))
-        language, shown = "zh" if self.zh else "en", _tenths(value)
-        response = _finish(language, self.line(at), shown)
-        return Sample("lookup", language, f"{name}|{lab.en}={value}", question, response, shown)
+    def ask(self, rng: random.Random, entry: Entry) -> Sample:
+        """The question about one entry; it does not repeat the record."""
+        question = rng.choice(_QUESTIONS[self.medication][self.zh]).format(entry.name)
+        language = "zh" if self.zh else "en"
+        response = _finish(language, entry.text, entry.answer)
+        return Sample("lookup", language, entry.key, question, response, entry.answer)
 
 
 def lookup(rng: random.Random, zh: bool) -> Sample:
-    """One patient's value in a record of up to the longest length."""
+    """One patient's drug in a record of up to the longest length."""
     count = rng.randrange(2, LONGEST_RECORD + 1)
     named = rng.randrange(2, min(count, MOST_PATIENTS) + 1)
-    record = WardRecord.draw(rng, zh, count, named, WARD)
-    asked = record.ask(rng, rng.choice(record.answerable))
+    record = WardRecord.draw(rng, zh, count, named, WARD, medication=True)
+    asked = record.ask(rng, rng.choice(record.entries))
     return replace(asked, question=record.text + asked.question)
 
 
@@ -391,14 +428,17 @@ def long_items(
     while len(items) < count:
         depth = len(items) / max(count - 1, 1)
         zh = rng.random() < CHINESE_SHARE
-        # Lines are dropped from the end of a longer record until it fits, never the one that is asked about.
-        record = WardRecord.draw(rng, zh, LONGEST_RECORD * multiple, MOST_PATIENTS, WARD)
-        lines = list(record.lines)
-        while tokens(render(WardRecord(tuple(lines), zh).text)) > budget - RESERVED_TOKENS:
-            lines.pop()
-        record = WardRecord(tuple(lines), zh)
-        wanted = round(depth * (len(lines) - 1))
-        asked = record.ask(rng, min(record.answerable, key=lambda at: abs(at - wanted)))
+        entries = medication_entries(rng, zh, WARD, MOST_PATIENTS)
+        lines: list[Entry | str] = [*entries]
+        room = budget - RESERVED_TOKENS - tokens(render(WardRecord(tuple(lines), zh, True).text))
+        while (room := room - tokens((other := _measurement(rng, zh)) + "\n")) >= 0:
+            lines.append(other)
+        rng.shuffle(lines)
+        wanted = rng.choice(entries)
+        lines.remove(wanted)
+        lines.insert(round(depth * len(lines)), wanted)
+        record = WardRecord(tuple(lines), zh, True)
+        asked = record.ask(rng, wanted)
         if not asked.held_out:
             continue
         sample = replace(asked, question=record.text + asked.question)

@@ -23,8 +23,8 @@ def _records() -> Iterator[Sample]:
     while True:
         zh = rng.random() < CHINESE_SHARE
         count = rng.randrange(2, 55)
-        record = WardRecord.draw(rng, zh, count, count, NAMES)
-        sample = record.ask(rng, rng.randrange(count))
+        record = WardRecord.draw(rng, zh, count, count, NAMES, medication=False)
+        sample = record.ask(rng, record.entries[rng.randrange(count)])
         if not sample.held_out:
             yield replace(sample, question=record.text + sample.question)
 
