@@ -415,7 +415,7 @@ def test_an_engine_that_dies_at_start_gives_one_clear_message(tmp_path: Path) ->
         [*PACKAGER, "serve", str(broken), "--port", str(free_port()), "--cache", str(tmp_path / "cache")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=580,
     )
     assert done.returncode == 6, done.stderr
     assert "error: the engine died with exit code" in done.stderr
