@@ -97,6 +97,8 @@ class ValidateSpec(Spec):
     """What is measured, on how many items."""
 
     items_per_task: int = Field(default=40, gt=0)
+    tasks: tuple[str, ...] | None = None
+    """The items' tasks that are measured; None: all."""
     items_file: str | None = None
     """JSONL of items; None: the nano's held-out set."""
     long_items: int = Field(default=30, ge=0)

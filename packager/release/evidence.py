@@ -85,7 +85,7 @@ def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
 
     spec = recipe.validate_
     if spec.items_file is not None:
-        items = load_items(Path(spec.items_file))
+        items = _of_tasks(load_items(Path(spec.items_file)), spec.tasks)
         long = [item for item in items if "multiple" in item.meta]
         return Questions([item for item in items if "multiple" not in item.meta], long)
     if not recipe.source.packaged:
@@ -110,7 +110,24 @@ def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
         for row in language.long_items(multiple, spec.long_items, spec.seed, tokens)
     ]
     items = items_from(language.heldout_items(spec.items_per_task, spec.seed))
-    return Questions(items, items_from(rows) if rows else [])
+    return Questions(_of_tasks(items, spec.tasks), items_from(rows) if rows else [])
+
+
+def _of_tasks(items: list[Item], tasks: tuple[str, ...] | None) -> list[Item]:
+    """The items of the tasks named.
+
+    Raises:
+        BadInput: a task named has no item.
+    """
+    if tasks is None:
+        return items
+    missing = sorted(set(tasks) - {item.task for item in items})
+    if missing:
+        known = ", ".join(sorted({item.task for item in items}))
+        raise BadInput(
+            f"validate.tasks names {', '.join(missing)}, of which there are no items", f"Known: {known}."
+        )
+    return [item for item in items if item.task in tasks]
 
 
 def first_question(recipe: Recipe) -> Item:
