@@ -141,6 +141,7 @@ def first_question(recipe: Recipe) -> Item:
         from packager.nano import language
 
         items = items_from(language.heldout_items(1, spec.seed + 1))
+    items = _of_tasks(items, spec.tasks)
     english = [item for item in items if item.language == "en"] or items
     return min(english, key=lambda item: (len(item.messages[-1].content), item.id))
 
