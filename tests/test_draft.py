@@ -19,111 +19,19 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from draft_data import HIDDEN, SPEC, TARGET, VOCAB, YARN, write_data, write_target
 
 from packager.artifact import check
 from packager.cli.draft import command
 from packager.draft.acceptance import acceptance_from_metrics
-from packager.draft.config import draft_config, tensor_shapes
-from packager.draft.prepare import DraftData, prepare, read_prompts, target_digest
-from packager.draft.stage import TRAINING_STATE, export, train
-from packager.draft.validator import validate_draft
+from packager.draft.config import draft_config
+from packager.draft.prepare import DraftData, prepare, read_prompts
+from packager.draft.stage import TRAINING_STATE, train
 from packager.draft.vocabulary import VocabularyMap, choose_vocabulary, coverage
 from packager.errors import BadInput
-from packager.recipe import DraftSpec
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
-
-HIDDEN, VOCAB, LAYERS = 64, 96, 4
-YARN = {
-    "type": "yarn",
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
-TARGET: dict[str, Any] = {
-    "architectures": ["BailingMoeV2ForCausalLM"],
-    "model_type": "bailing_moe",
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.5,
-    "max_position_embeddings": 2048,
-    "rope_scaling": YARN,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-}
-SPEC = DraftSpec(
-    vocab_size=48,
-    aux_layers=(1, 2, 3),
-    intermediate_size=128,
-    prompts=64,
-    steps=120,
-    batch_tokens=512,
-    learning_rate=3e-3,
-    ttt_steps=3,
-    seed=1,
-)
-
-
-def write_target(directory: Path) -> Path:
-    """A target whose head reads its own embedding: state e(t) in the last layer means token t comes next."""
-    directory.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(VOCAB, HIDDEN, generator=generator)
-    tensors = {
-        "model.word_embeddings.weight": embeddings,
-        "model.norm.weight": torch.ones(HIDDEN),
-        "lm_head.weight": embeddings.clone(),
-    }
-    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(TARGET))
-    return directory
-
-
-def write_data(workdir: Path, target: Path) -> DraftData:
-    """Responses of a deterministic language (next = 3 t + 1 within 40 tokens) and matching states."""
-    (workdir / "states").mkdir(parents=True)
-    embeddings = load_file(target / "model.safetensors")["model.word_embeddings.weight"]
-    rng = random.Random(0)
-    lines = []
-    for index in range(64):
-        prompt = [rng.randrange(3, 40) for _ in range(rng.randrange(5, 30))]
-        response, token = [], prompt[-1]
-        for _ in range(rng.randrange(6, 20)):
-            token = (3 * token + 1) % 37 + 3
-            response.append(token)
-        ids = prompt + response
-        noise = torch.randn(len(ids) - 1, 4, HIDDEN, generator=torch.Generator().manual_seed(index))
-        states = noise * 0.1
-        states[:, 3] += embeddings[ids[1:]].float()
-        states[:, 2] += embeddings[ids[:-1]].float()
-        name = f"{index:06d}.safetensors"
-        save_file(
-            {"hidden_states": states.bfloat16(), "token_ids": torch.tensor(ids[:-1])},
-            workdir / "states" / name,
-        )
-        row = {
-            "index": index,
-            "id": f"p{index}",
-            "task": "chain",
-            "language": "zh" if index % 4 == 0 else "en",
-            "prompt_ids": prompt,
-            "response_ids": response,
-            "text": "",
-            "states": name,
-        }
-        lines.append(json.dumps(row))
-    (workdir / "responses.jsonl").write_text("\n".join(lines) + "\n")
-    (workdir / "complete").touch()
-    (workdir / "spec.json").write_text(SPEC.model_dump_json())
-    return DraftData(workdir, target_digest(target))
 
 
 @pytest.fixture
@@ -134,21 +42,6 @@ def target(tmp_path: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path, target: Path) -> DraftData:
     return write_data(tmp_path / "work", target)
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained, exported draft."""
-    root = tmp_path_factory.mktemp("draft")
-    target = write_target(root / "target")
-    trained = train(target, SPEC, write_data(root / "work", target), lambda _: None)
-    export(
-        root / "draft", trained, target, recipe_digest="sha256:0", inputs={"target": target_digest(target)}
-    )
-    return root / "draft"
-
-
-# ---- the head ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rope_scaling", [None, YARN], ids=["plain rope", "yarn"])
@@ -253,7 +146,9 @@ def test_a_sample_gets_the_same_logits_alone_and_in_a_batch(data: DraftData, tar
             alone = head(collate([sample], aux=3, hidden=HIDDEN, steps=3), 3)
             for step in range(3):
                 part = together[step][begin : begin + sample.queries]
-                assert torch.allclose(part, alone[step], atol=1e-4), f"step {step} of {sample.path.name}"
+                assert torch.allclose(part, alone[step][: sample.queries], atol=1e-4), (
+                    f"step {step} of {sample.path.name}"
+                )
             begin += sample.queries
 
 
@@ -267,13 +162,12 @@ def test_loss_is_speculators_kl_up_to_the_targets_own_entropy(data: DraftData, t
     logits = torch.randn(len(batch.tokens), VOCAB)
     weights = load_file(target / "model.safetensors")
     rows = weights["lm_head.weight"].float()
-    found, _, _ = draft_loss(
-        [logits], batch, Target(rows, rows, torch.ones(HIDDEN), 1e-6), torch.arange(VOCAB)
-    )
+    found, _ = draft_loss([logits], batch, Target(rows, rows, torch.ones(HIDDEN), 1e-6), torch.arange(VOCAB))
     last = batch.last[:, 0].float()
     goal = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6) @ rows.T
     entropy = -(goal.softmax(-1) * goal.log_softmax(-1)).sum(-1)
-    expected = (losses.kl_div_loss(logits, goal) + entropy).mean()
+    real = batch.tokens[:, 1] >= 0  # the rest fills the batch up to its shape
+    expected = (losses.kl_div_loss(logits, goal) + entropy)[real].mean()
     assert torch.allclose(found, expected, rtol=1e-4)
 
 
@@ -322,7 +216,7 @@ def test_training_learns_a_deterministic_language(data: DraftData, target: Path)
     after = train(target, SPEC, data, lambda _: None)
     assert after.predicted.drafts > 10, "too few held-out drafts to judge"
     assert before.length < 2.0
-    assert after.predicted.length > 3.0
+    assert after.predicted.length > 2.7
     assert list(after.predicted.per_position) == sorted(after.predicted.per_position, reverse=True)
     assert after.metrics["coverage"]["language"] == {"en": 1.0, "zh": 1.0}
 
@@ -367,6 +261,22 @@ def test_training_killed_and_resumed_ends_with_the_same_bytes(
     ).stdout
     assert "goes on from step" in lines
     assert (data.workdir / TRAINING_STATE).read_bytes() == (twin / TRAINING_STATE).read_bytes()
+
+
+def test_predicted_acceptance_walks_as_serving_does(data: DraftData) -> None:
+    """A response of eight tokens: a draft of three all right, then none, then one before the end."""
+    from packager.draft.states import collate, samples
+    from packager.draft.train import count_accepted
+
+    sample = next(s for s in samples(data.records(), data.states) if s.queries == 7)
+    batch = collate([sample], aux=3, hidden=HIDDEN, steps=3)
+    hits = {0: 3, 4: 0, 5: 1}  # verified behind tokens 0, 4 and 5; others are never drafted from
+    right = [
+        torch.tensor([hits.get(slot, 3 if slot % 2 else 0) > step for slot in range(len(batch.slot))])
+        for step in range(3)
+    ]
+    counts, drafts = count_accepted(batch, right)
+    assert (counts, drafts) == ([2, 1, 1], 3)
 
 
 def test_another_seed_starts_anew(data: DraftData, target: Path) -> None:
@@ -418,116 +328,6 @@ def test_a_torn_last_response_line_counts_for_nothing(data: DraftData) -> None:
 
 
 # ---- export and validator ---------------------------------------------------------------------------------
-
-
-def test_export_is_sealed_and_complete(exported: Path) -> None:
-    manifest = check(exported)
-    assert {entry.path for entry in manifest.files} == {"config.json", "model.safetensors", "training.json"}
-    tensors = load_file(exported / "model.safetensors")
-    config = json.loads((exported / "config.json").read_text())
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == tensor_shapes(config)
-    assert manifest.metrics["predicted_acceptance"]["length"] > 3.0
-
-
-def test_export_passes_the_validator(exported: Path) -> None:
-    assert validate_draft(exported, TARGET) == []
-
-
-def test_draft_config_states_yarn_and_both_engines_layers(exported: Path) -> None:
-    config = json.loads((exported / "config.json").read_text())
-    assert config["rope_parameters"]["rope_type"] == "yarn"
-    assert config["rope_parameters"]["rope_theta"] == 10000.0
-    assert config["max_position_embeddings"] == 2048
-    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
-    assert "partial_rotary_factor" not in config["rope_parameters"]
-
-
-_CONFIG_FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"eos_token_id": VOCAB}, "eos_token_id 96 is beyond"),
-    ({"bos_token_id": 151643}, "bos_token_id 151643 is beyond"),
-    ({"bos_token_id": 5}, "the target's is 0"),
-    ({"rope_theta": None, "rope_parameters": None, "rope_scaling": None}, "no rope_theta"),
-    ({"rope_parameters": None, "rope_scaling": None}, "rope factor is None"),
-    ({"rope_scaling": {**YARN, "factor": 2.0}}, "contradict"),
-    ({"rope_scaling": {**YARN, "type": "linear"}}, "two types"),
-    ({"max_position_embeddings": 512}, "the target reaches 2048"),
-    ({"vocab_size": 100}, "vocab_size is 100"),
-    ({"draft_vocab_size": 47}, "expected [47"),
-    ({"norm_before_residual": True}, "SGLang does not know"),
-    ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
-    ({"eagle_aux_hidden_state_layer_ids": [2, 3, 4]}, "different layers"),
-    ({"eagle_aux_hidden_state_layer_ids": [1, 2, 5]}, "not ascending layers"),
-    ({"eagle_config": None}, "missing from eagle_config"),
-    ({"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None}, "no aux layer ids"),
-    ({"intermediate_size": None}, "has no intermediate_size"),
-]
-
-
-@pytest.mark.parametrize(("change", "fault"), _CONFIG_FAULTS)
-def test_validator_finds_faults_of_the_config(
-    exported: Path, tmp_path: Path, change: dict[str, Any], fault: str
-) -> None:
-    copy = shutil.copytree(exported, tmp_path / "draft")
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | change))
-    assert any(fault in problem for problem in validate_draft(copy, TARGET)), validate_draft(copy, TARGET)
-
-
-def _rename(tensors: dict[str, Any]) -> None:
-    tensors["layers.0.hidden_norm.weight"] = tensors.pop("midlayer.hidden_norm.weight")
-
-
-def _beyond(tensors: dict[str, Any]) -> None:
-    tensors["d2t"][-1] = VOCAB
-
-
-def _twice(tensors: dict[str, Any]) -> None:
-    tensors["d2t"][1] = tensors["d2t"][0] - 1
-
-
-def _wrong_mark(tensors: dict[str, Any]) -> None:
-    tensors["t2d"][0] = ~tensors["t2d"][0]
-
-
-def _narrow_ids(tensors: dict[str, Any]) -> None:
-    tensors["d2t"] = tensors["d2t"].int()
-
-
-def _short_fc(tensors: dict[str, Any]) -> None:
-    tensors["fc.weight"] = tensors["fc.weight"][:, : 2 * HIDDEN].contiguous()
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        (_rename, "midlayer.hidden_norm.weight is missing"),
-        (_rename, "older SGLang knows midlayer"),
-        (_beyond, "beyond the vocabulary"),
-        (_twice, "not injective"),
-        (_wrong_mark, "t2d marks other tokens"),
-        (_narrow_ids, "d2t is I32"),
-        (_short_fc, "fc.weight has shape"),
-    ],
-)
-def test_validator_finds_faults_of_the_tensors(
-    exported: Path, tmp_path: Path, change: Any, fault: str
-) -> None:
-    copy = shutil.copytree(exported, tmp_path / "draft")
-    tensors = load_file(copy / "model.safetensors")
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors")
-    assert any(fault in problem for problem in validate_draft(copy, TARGET)), validate_draft(copy, TARGET)
-
-
-@pytest.mark.parametrize("name", ["training_state.pt", "optimizer.bin"])
-def test_validator_finds_left_over_files(exported: Path, tmp_path: Path, name: str) -> None:
-    copy = shutil.copytree(exported, tmp_path / "draft")
-    (copy / name).touch()
-    assert validate_draft(copy, TARGET) == [f"{name} does not belong into a published draft"]
-
-
-# ---- prompts and preparation ------------------------------------------------------------------------------
 
 
 def test_prompts_are_read_once_each_and_finished_chats_are_answered_anew() -> None:

@@ -35,13 +35,14 @@ class DraftBatch:
     states: Tensor
     """[B, L, aux * hidden]: target states g[0 : L], layers side by side."""
     row: Tensor
-    """[N] int64: sample of each query, ascending."""
+    """[N] int64: sample of each query, ascending as far as they are real."""
     place: Tensor
     """[N] int64: position i of each query in its sample."""
     slot: Tensor
     """[N] int64: number of each query among those of its sample, from 0."""
     tokens: Tensor
-    """[N, S + 1] int64: x[i+1 : i+2+S]; step k reads column k, its label is column k + 1; -1 past the end."""
+    """[N, S + 1] int64: x[i+1 : i+2+S]; step k reads column k, its label is column k + 1; -1 past the end. A
+    query whose column 1 is -1 is filling."""
     last: Tensor
     """[N, S, hidden]: the target's states, before its final norm, that predict columns 1 … S of `tokens`."""
 

@@ -33,7 +33,7 @@ class TrainedDraft:
     trainer: Trainer
     vocabulary: VocabularyMap
     predicted: Accepted
-    """Teacher-forced acceptance on held-out prompts."""
+    """Acceptance along the responses to held-out prompts, predicted without serving."""
     metrics: dict[str, Any]
     """What the manifest says about it; no times."""
 
@@ -133,7 +133,7 @@ def train(target: Path, spec: DraftSpec, data: DraftData, progress: Callable[[st
             "length": round(predicted.length, 4) if predicted.drafts else None,
             "per_position": [round(rate, 4) for rate in predicted.per_position],
             "drafts": predicted.drafts,
-            "kind": "teacher-forced, held-out prompts",
+            "kind": "along the greedy responses to held-out prompts, not served",
         },
     }
     return TrainedDraft(trainer, vocabulary, predicted, metrics)

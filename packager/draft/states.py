@@ -76,17 +76,24 @@ def load_states(sample: Sample, aux: int, hidden: int) -> tuple[Tensor, Tensor]:
 
 
 def collate(group: Sequence[Sample], *, aux: int, hidden: int, steps: int) -> DraftBatch:
-    """Read a group of samples. Key lengths are rounded up to 16, so that matrix shapes repeat."""
+    """Read a group of samples.
+
+    Keys are rounded up to 16 and queries to 64 (with queries of no sample, in slots of their own): a matrix
+    product of a shape not seen before is several times slower on a CPU.
+    """
     length = _round_up(max(len(s.ids) for s in group) - 2)
     total = sum(s.queries for s in group)
+    rows = _round_up(total, 64)
+    spare = torch.arange(rows - total)
+    first_free = max(s.queries for s in group)
     batch = DraftBatch(
         keys=torch.zeros(len(group), length, dtype=torch.long),
         states=torch.zeros(len(group), length, aux * hidden, dtype=torch.bfloat16),
-        row=torch.empty(total, dtype=torch.long),
-        place=torch.empty(total, dtype=torch.long),
-        slot=torch.empty(total, dtype=torch.long),
-        tokens=torch.full((total, steps + 1), -1, dtype=torch.long),
-        last=torch.zeros(total, steps, hidden, dtype=torch.bfloat16),
+        row=torch.cat((torch.empty(total, dtype=torch.long), spare % len(group))),
+        place=torch.zeros(rows, dtype=torch.long),
+        slot=torch.cat((torch.empty(total, dtype=torch.long), first_free + spare // len(group))),
+        tokens=torch.full((rows, steps + 1), -1, dtype=torch.long),
+        last=torch.zeros(rows, steps, hidden, dtype=torch.bfloat16),
     )
     begin = 0
     for row, sample in enumerate(group):
@@ -107,8 +114,8 @@ def collate(group: Sequence[Sample], *, aux: int, hidden: int, steps: int) -> Dr
     return batch
 
 
-def _round_up(value: int) -> int:
-    return -(-value // 16) * 16
+def _round_up(value: int, to: int = 16) -> int:
+    return -(-value // to) * to
 
 
 def schedule(found: Sequence[Sample], batch_tokens: int, seed: int) -> Iterator[list[Sample]]:
@@ -120,12 +127,24 @@ def schedule(found: Sequence[Sample], batch_tokens: int, seed: int) -> Iterator[
     while True:
         rng = random.Random(f"{seed}|{epoch}")
         order = sorted(found, key=lambda s: (len(s.ids) // 32, rng.random()))
-        groups: list[list[Sample]] = [[]]
-        for sample in order:
-            longest = max(len(sample.ids), *(len(s.ids) for s in groups[-1]), 0)
-            if groups[-1] and longest * (len(groups[-1]) + 1) > batch_tokens:
-                groups.append([])
-            groups[-1].append(sample)
+        groups = _grouped(order, batch_tokens)
         rng.shuffle(groups)
         yield from groups
         epoch += 1
+
+
+def once(found: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
+    """Every sample once, in batches of similar length."""
+    return _grouped(sorted(found, key=lambda s: len(s.ids)), batch_tokens)
+
+
+def _grouped(order: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
+    groups: list[list[Sample]] = []
+    longest = 0
+    for sample in order:
+        longest = max(longest, _round_up(len(sample.ids)))
+        if not groups or longest * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+            longest = _round_up(len(sample.ids))
+        groups[-1].append(sample)
+    return groups

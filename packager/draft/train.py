@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from packager.draft.head import DraftBatch, Eagle3Head
-from packager.draft.states import Sample, collate, schedule
+from packager.draft.states import Sample, collate, once, schedule
 from packager.draft.vocabulary import VocabularyMap
 from packager.errors import BadInput
 from packager.recipe import DraftSpec
@@ -83,8 +83,8 @@ def fast_bf16() -> bool:
 
 def draft_loss(
     logits: Sequence[Tensor], batch: DraftBatch, target: Target, to_draft: Tensor
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Loss, and for each step which queries have a token to predict and which predict it, bool [N] each.
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss, and for each step which queries predict their token, bool [N].
 
     The loss of a query is the cross-entropy against the target's distribution over the draft vocabulary (its
     forward KL up to a constant), where the target's own token is in that vocabulary; elsewhere nothing the
@@ -97,7 +97,7 @@ def draft_loss(
         labels = to_draft[batch.tokens.clamp(min=0)].masked_fill(batch.tokens < 0, -1)
     total = logits[0].new_zeros((), dtype=torch.float32)
     norm = 0.0
-    exists, right = [], []
+    right = []
     for step, rows in enumerate(logits):
         label = labels[:, step + 1]
         known = label >= 0
@@ -106,22 +106,28 @@ def draft_loss(
         weight = STEP_DECAY**step
         total = total + weight * (loss * known).sum() / known.sum().clamp(min=1)
         norm += weight
-        exists.append(batch.tokens[:, step + 1] >= 0)
         right.append((wide.argmax(-1) == label) & known)
-    return total / norm, exists, right
+    return total / norm, right
 
 
-def count_accepted(exists: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Drafts accepted up to each position, and the number of drafts.
+def count_accepted(batch: DraftBatch, right: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Drafts accepted up to each position, and the number of drafts, as serving would draft.
 
-    Counts queries for which every step exists, as a draft in mid-response has them all.
+    Greedy decoding visits few of the positions: the draft after a verification starts behind the tokens it
+    yielded. What the target would say past the end of its response is not known and counts as rejected.
     """
-    whole = exists[-1]
-    alive, counts = whole, []
-    for hit in right:
-        alive = alive & hit
-        counts.append(int(alive.sum()))
-    return counts, int(whole.sum())
+    accepted = torch.stack(list(right)).long().cumprod(0).sum(0).tolist()
+    counts, drafts, free = [0] * len(right), 0, 0
+    real = (batch.tokens[:, 1] >= 0).tolist()
+    for slot, hits in itertools.compress(zip(batch.slot.tolist(), accepted, strict=True), real):
+        if slot == 0:
+            free = 0
+        if slot == free:
+            drafts += 1
+            free += hits + 1
+            for position in range(hits):
+                counts[position] += 1
+    return counts, drafts
 
 
 class Trainer:
@@ -165,7 +171,7 @@ class Trainer:
     def run(
         self, training: Sequence[Sample], held: Sequence[Sample], progress: Callable[[str], None]
     ) -> Accepted:
-        """Train to `spec.steps`; teacher-forced acceptance on `held` at the end.
+        """Train to `spec.steps`; predicted acceptance on `held` at the end.
 
         Raises:
             BadInput: nothing to train on, unreadable states, or a loss that is no longer finite.
@@ -228,26 +234,23 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.spec.learning_rate * scale
-        loss, exists, right = draft_loss(
-            self._forward(batch, self.spec.ttt_steps), batch, self.target, self.to_draft
-        )
+        loss, right = draft_loss(self._forward(batch, self.spec.ttt_steps), batch, self.target, self.to_draft)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), CLIP)
         self.optimizer.step()
-        counts, drafts = count_accepted(exists, right)
+        counts, drafts = count_accepted(batch, right)
         return float(loss.detach()), Accepted(tuple(c / max(1, drafts) for c in counts), drafts)
 
     @torch.no_grad()
     def evaluate(self, held: Sequence[Sample], positions: int | None = None) -> Accepted:
-        """Teacher-forced acceptance of the present weights on `held`."""
+        """Acceptance of the present weights on `held`, predicted without serving."""
         steps = positions or self.spec.num_speculative_tokens
         counts, drafts = [0] * steps, 0
-        groups = itertools.takewhile(bool, _once(held, self.spec.batch_tokens))
-        for group in groups:
+        for group in once(held, self.spec.batch_tokens):
             batch = collate(group, aux=self.aux, hidden=self.hidden, steps=steps)
-            _, exists, right = draft_loss(self._forward(batch, steps), batch, self.target, self.to_draft)
-            here, count = count_accepted(exists, right)
+            _, right = draft_loss(self._forward(batch, steps), batch, self.target, self.to_draft)
+            here, count = count_accepted(batch, right)
             counts, drafts = [a + b for a, b in zip(counts, here, strict=True)], drafts + count
         return Accepted(tuple(count / max(1, drafts) for count in counts), drafts)
 
@@ -282,13 +285,3 @@ class Trainer:
         except SafetensorError:
             return 0
         return int(done)
-
-
-def _once(found: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
-    """Every sample once, in batches of similar length."""
-    groups: list[list[Sample]] = []
-    for sample in sorted(found, key=lambda s: len(s.ids)):
-        if not groups or len(sample.ids) * (len(groups[-1]) + 1) > batch_tokens:
-            groups.append([])
-        groups[-1].append(sample)
-    return groups
