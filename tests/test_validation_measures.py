@@ -76,7 +76,7 @@ def test_accuracy_is_per_task_and_language_and_beside_it_stands_the_commonest_an
     assert (dose.name, dose.correct, dose.n) == ("dose", 4, 6)
     assert (triage.correct, triage.majority_answer, triage.majority_share) == (3, "urgent", 0.75)
     assert [s.name for s in run.by_language] == ["en", "zh"]
-    # Over both tasks the baseline gives each its own commonest answer: 1 of 6 and 3 of 4.
+    # Over both tasks, and languages, the baseline gives each its own commonest answer: 1 of 6 and 3 of 4.
     assert run.overall.majority_share == pytest.approx(0.4)
     assert dose.low < dose.accuracy < dose.high
 

@@ -129,15 +129,15 @@ def measure_accuracy(
 def share_of(name: str, results: Sequence[ItemResult]) -> Share:
     """The share of right answers among `results` and what always giving the commonest answer would score.
 
-    Over several tasks the baseline gives each task its own commonest answer.
+    The baseline gives each task, in each language, its own commonest answer.
     """
     n, correct = len(results), sum(r.correct for r in results)
     low, high = wilson(correct, n)
-    answers: dict[str, Counter[str]] = {}
+    answers: dict[tuple[str, str], Counter[str]] = {}
     for r in results:
-        answers.setdefault(r.task, Counter())[r.expected] += 1
+        answers.setdefault((r.task, r.language), Counter())[r.expected] += 1
     # Ties go to the answer that sorts first, so that the same items give the same report.
-    best = {task: min(c.items(), key=lambda kv: (-kv[1], kv[0])) for task, c in answers.items()}
+    best = {kind: min(c.items(), key=lambda kv: (-kv[1], kv[0])) for kind, c in answers.items()}
     return Share(
         name=name,
         n=n,
@@ -145,7 +145,9 @@ def share_of(name: str, results: Sequence[ItemResult]) -> Share:
         accuracy=correct / n,
         low=low,
         high=high,
-        majority_answer=next(iter(best.values()))[0] if len(best) == 1 else "(per task)",
+        majority_answer=" / ".join(dict.fromkeys(a for a, _ in best.values()))
+        if len({task for task, _ in best}) == 1
+        else "(per task and language)",
         majority_share=sum(count for _, count in best.values()) / n,
     )
 
