@@ -226,7 +226,7 @@ class Checkpoint:
         if manifest := self.folder.manifest(deep=True):
             return manifest.digest
         side = [file.name for file in self.side_files()]
-        files = {CONFIG_NAME, INDEX_NAME, *self.shards, *side} & self.folder.sizes().keys()
+        files = ({CONFIG_NAME, INDEX_NAME} & self.folder.sizes().keys()) | {*self.shards, *side}
         return combined_digest({name: self.folder.sha256(name) for name in sorted(files)})
 
     def reader(self) -> TensorReader:
