@@ -72,6 +72,11 @@ def source(server: LoopbackHub, tiny_checkpoint: Path) -> str:
     return f"hf://{REPO}@{push(server, contents(tiny_checkpoint))}"
 
 
+def _names(faults: list[Fault]) -> str:
+    names = [str(fault.status) if isinstance(fault, Reply) else str(fault) for fault in faults]
+    return names[0] if len(names) == 1 else "each in turn"
+
+
 class Nth:
     """A hook that injects a fault at one request, counted from 0, and remembers whether it came to that."""
 
@@ -101,7 +106,7 @@ def test_a_hub_source_is_the_same_checkpoint_as_the_directory(
 ) -> None:
     assert everything(source) == everything(str(tiny_checkpoint))
     gets = [path for method, path in server.requests if method == "GET" and path.startswith("/objects/")]
-    assert len(gets) < 5 * 3, "a file read in order takes few requests"
+    assert len(gets) < len(Checkpoint.open(source).tensors), "a file read in order takes few requests"
     assert Checkpoint.open(source).name == source
     with pytest.raises(UsageProblem, match="not on this machine"):
         _ = Checkpoint.open(source).path
@@ -148,14 +153,17 @@ def test_several_readers_in_threads_and_a_copy_in_another_process_read_the_same(
         assert all(pool.map(read, [names[at::4] for at in range(4)]))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.status if isinstance(f, Reply) else f)
+@pytest.mark.parametrize(
+    "faults", [FAULTS, *(pytest.param([fault], marks=pytest.mark.slow) for fault in FAULTS)], ids=_names
+)
 def test_a_fault_at_any_single_request_changes_no_byte(
-    fault: Fault, source: str, server: LoopbackHub, tiny_checkpoint: Path
+    faults: list[Fault], source: str, server: LoopbackHub, tiny_checkpoint: Path
 ) -> None:
     want = everything(str(tiny_checkpoint))
     named = source.replace(source.partition("@")[2], "main")
     number = 0
     while True:
+        fault = faults[number % len(faults)]
         server.fault = hook = Nth(number, fault)
         assert everything(named) == want, f"{fault} at request {number}"
         if hook.count <= number:
@@ -164,6 +172,7 @@ def test_a_fault_at_any_single_request_changes_no_byte(
     assert number > 12
 
 
+@pytest.mark.slow
 def test_a_conversion_from_the_hub_survives_a_fault_at_every_request(
     source: str, server: LoopbackHub, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -258,7 +267,7 @@ def _read_all(checkpoint: Checkpoint) -> None:
         ("no-range", RemoteFailure, "did not answer a request for bytes"),
         ("altered-reply", IntegrityFailure, "not those that the hub lists"),
         (Reply(206, {"a": 1}, {"Content-Range": "bytes 0-8/9"}), RemoteFailure, "did not answer a request"),
-        (Reply(416, None, {"Content-Range": "bytes */5"}), RemoteFailure, "source changes while it is read"),
+        (Reply(416, None, {"Content-Range": "bytes */5"}), RemoteFailure, "has no bytes"),
     ],
     ids=["ignored", "altered", "other", "shorter"],
 )
@@ -298,7 +307,7 @@ def test_a_file_that_is_no_longer_what_was_listed_is_an_error(
     stated |= {header: {"X-Linked-Size": str(listed + 1), "X-Repo-Commit": "0" * 40}.get(header, '"0"')}
     fresh = hub.HubFolder(HubName(REPO, commit))
     server.fault = lambda method, _: (
-        Reply(302, None, stated | {"Location": "/"}) if method == "HEAD" else None
+        Reply(302, None, stated | {"Location": server.storage_url}) if method == "HEAD" else None
     )
     with pytest.raises(RemoteFailure, match="not what the hub listed"):
         fresh.headers([shard])
@@ -309,7 +318,7 @@ def test_a_damaged_small_file_is_noticed(source: str, server: LoopbackHub) -> No
     server.fault = lambda _, path: "altered-reply" if path.endswith("config.json") else None
     with pytest.raises(IntegrityFailure, match="config"):
         checkpoint.config()
-    with pytest.raises(IntegrityFailure, match="tokenizer_config"):
+    with pytest.raises(IntegrityFailure, match="config"):
         checkpoint.digest()
 
 
@@ -531,7 +540,7 @@ def test_a_directory_that_vanishes_or_changes_while_it_is_read_is_an_error(
     with pytest.raises(BadInput, match=says):
         checkpoint.digest()
     shutil.rmtree(copy)
-    with pytest.raises(BadInput, match="no file|cannot read"):
+    with pytest.raises(BadInput, match=r"no file|cannot read"):
         checkpoint.config()
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _HEADER_GUESS = 1 << 18
 """Bytes asked for first of a weight file: the headers of most fit in, so that one answer is enough."""
 _HEADERS_AT_ONCE = 8
+_SMALL = 1 << 24
+"""Configurations and tokenizers up to this size are fetched once and kept."""
 _READ_AHEAD = 1 << 28
 """Bytes that one request asks for at most while a file is read in order."""
 _Result = TypeVar("_Result")
@@ -92,9 +94,10 @@ class HubFolder(Folder):
         self._guard = threading.Lock()
         self._locations: dict[str, str] = {}
         self._checks: dict[str, _Check] = {}
+        self._small: dict[str, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_guard", "_locations", "_checks")
+        own = ("_guard", "_locations", "_checks", "_small")
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,12 +149,18 @@ class HubFolder(Folder):
         return _HubFile(self, self._path(name))
 
     def read(self, name: str) -> bytes:
+        with self._guard:
+            if name in self._small:
+                return self._small[name]
         data = super().read(name)
         file = self.listed(self._path(name))
         found = file.new_hash()
         found.update(data)
         if found.hexdigest() != file.etag:
             raise self.corrupt(self._path(name))
+        if len(data) <= _SMALL and not name.endswith(".safetensors"):
+            with self._guard:
+                self._small[name] = data
         return data
 
     def sha256(self, name: str) -> str:
