@@ -39,9 +39,10 @@ DTYPES: list[Any] = [
 ]  # fmt: skip
 SHARDS: list[Any] = [
     "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-    "../model-00001-of-00002.safetensors", "/etc/passwd", "/etc/passwd.safetensors", "./model-00001-of-00002.safetensors", "..", ".", "",
-    "x.safetensors", "sub/x.safetensors", "x.bin", "model\x00.safetensors", "\ud800.safetensors", "a" * 5000 + ".safetensors",
-    ".safetensors", "..\\x.safetensors", "link.safetensors", None, 1, True, 1.5, [], ["x.safetensors"], {},
+    "../model-00001-of-00002.safetensors", "/etc/passwd", "/etc/passwd.safetensors",
+    "./model-00001-of-00002.safetensors", "..", ".", "", "x.safetensors", "sub/x.safetensors", "x.bin",
+    "model\x00.safetensors", "\ud800.safetensors", "a" * 5000 + ".safetensors", ".safetensors",
+    "..\\x.safetensors", "link.safetensors", None, 1, True, 1.5, [], ["x.safetensors"], {},
     "MODEL-00001-OF-00002.SAFETENSORS", "config.json", "model-00001-of-00002.safetensors\n",
     "-rf.safetensors",
 ]  # fmt: skip

@@ -138,10 +138,21 @@ def test_any_range_and_any_order_give_the_same_bytes(source: str, tiny_checkpoin
             assert np.array_equal(there.array(info), here.array(info))
 
 
-def test_several_readers_in_threads_and_a_copy_in_another_process_read_the_same(
-    source: str, tiny_checkpoint: Path
+def test_several_readers_in_threads_of_a_pickled_copy_read_the_same_under_a_hail_of_faults(
+    source: str, server: LoopbackHub, tiny_checkpoint: Path
 ) -> None:
     want = everything(str(tiny_checkpoint))
+    random, guard = np.random.default_rng(0), threading.Lock()
+    hail: list[Fault] = []
+
+    def fault(*_: str) -> Fault | None:
+        with guard:
+            if random.random() > 0.15:
+                return None
+            hail.append(FAULTS[int(random.integers(len(FAULTS)))])
+            return hail[-1]
+
+    server.fault = fault
     remote = pickle.loads(pickle.dumps(Checkpoint.open(source)))
 
     def read(names: list[str]) -> bool:
@@ -151,6 +162,7 @@ def test_several_readers_in_threads_and_a_copy_in_another_process_read_the_same(
     names = list(remote.tensors)
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, [names[at::4] for at in range(4)]))
+    assert len(hail) > 5
 
 
 @pytest.mark.parametrize(
@@ -311,6 +323,14 @@ def test_a_file_that_is_no_longer_what_was_listed_is_an_error(
     )
     with pytest.raises(RemoteFailure, match="not what the hub listed"):
         fresh.headers([shard])
+
+
+def test_a_client_that_is_offline_by_choice_is_a_usage_problem(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageProblem, match="HF_HUB_OFFLINE"):
+        Checkpoint.open(source)
 
 
 def test_a_damaged_small_file_is_noticed(source: str, server: LoopbackHub) -> None:

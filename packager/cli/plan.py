@@ -100,6 +100,7 @@ def command(
     )
     as_it_is = folder is not None and (precision == "fp8") == bool(config.quantization_config)
     served = folder.path if folder and as_it_is else None
+    draft_path = own_draft.path if own_draft else None
     made_by = "`packager release` or `packager bundle` makes"
     if folder and folder.path is None and as_it_is:
         made_by = f"`hf download {' --revision '.join(folder.name.removeprefix('hf://').split('@'))}` prints"
@@ -108,7 +109,7 @@ def command(
     if chosen is not None:
         spec = ServeSpec(
             model=served or _RELEASED,
-            draft=None if not with_draft else (served or _RELEASED) / "draft",
+            draft=None if not with_draft else draft_path or (served or _RELEASED) / "draft",
             num_speculative_tokens=draft_tokens,
             max_model_len=length,
             tensor_parallel=chosen.hardware.count,
