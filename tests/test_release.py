@@ -224,6 +224,8 @@ def test_a_source_that_cannot_be_released_is_refused(tmp_path: Path) -> None:
         locate(SourceSpec(path=str(tmp_path / "nothing")))
     with pytest.raises(BadInput, match="does not pin a revision"):
         locate(SourceSpec(repo="org/name"))
+    with pytest.raises(BadInput, match="does not pin a revision"):
+        locate(SourceSpec(repo="org/name", revision="main"))
     with pytest.raises(BadInput, match="brings no checkpoint"):
         locate(SourceSpec(path="package:other"))
 

@@ -15,6 +15,7 @@ from packager.artifact.manifest import (
     check,
     file_sha256,
     is_sealed,
+    parse_manifest,
     read_manifest,
     sealed_for,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "check",
     "file_sha256",
     "is_sealed",
+    "parse_manifest",
     "read_manifest",
     "sealed_for",
     "writing",

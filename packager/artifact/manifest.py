@@ -126,14 +126,18 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} is {'an unfinished' if unfinished else 'not an'} artifact: it has no {MANIFEST_NAME}",
             "Run the command that makes it again; finished files are kept." if unfinished else "",
         )
+    return parse_manifest((path / MANIFEST_NAME).read_bytes(), str(path / MANIFEST_NAME))
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest in the bytes of a `manifest.json`. Raises BadInput: malformed, or of another version."""
     try:
-        raw = json.loads((path / MANIFEST_NAME).read_bytes())
-        manifest = Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(json.loads(data))
     except (ValueError, ValidationError) as err:
-        raise BadInput(f"{path / MANIFEST_NAME} is malformed: {err}", "Make the artifact again.") from None
+        raise BadInput(f"{where} is malformed: {err}", "Make the artifact again.") from None
     if manifest.schema_version != 1:
         raise BadInput(
-            f"{path / MANIFEST_NAME} has schema version {manifest.schema_version}; this version reads 1",
+            f"{where} has schema version {manifest.schema_version}; this version reads 1",
             "Use a newer packager.",
         )
     return manifest

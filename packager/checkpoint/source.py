@@ -1,18 +1,15 @@
-"""A checkpoint directory: one safetensors file or shards with an index, read one tensor at a time."""
+"""A checkpoint: one safetensors file or shards with an index, in a directory or on a hub, read by tensor."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from packager.artifact import check, file_sha256, is_sealed
-from packager.checkpoint.header import ShardHeader, TensorInfo, read_header
+from packager.checkpoint.folder import Folder, LocalFolder, OpenFile, combined_digest, read_json_object
+from packager.checkpoint.header import ShardHeader, TensorInfo
 from packager.errors import BadInput, UsageProblem
 
 if TYPE_CHECKING:
@@ -26,10 +23,27 @@ SIDE_SUFFIXES = (".json", ".jinja", ".txt")
 """What goes with the weights: tokenizer, chat template, generation settings. Never code, never pickles."""
 _NOT_SIDE = frozenset({INDEX_NAME, CONFIG_NAME, "manifest.json"})
 _LISTED = 12
+__all__ = [
+    "CONFIG_NAME",
+    "INDEX_NAME",
+    "SIDE_SUFFIXES",
+    "SINGLE_NAME",
+    "Checkpoint",
+    "SideFile",
+    "TensorReader",
+    "listed",
+    "locate",
+    "numpy_dtype",
+    "open_folder",
+    "read_json_object",
+]
+
+
+_REMEDY = "Give the folder that holds config.json and *.safetensors."
 
 
 def locate(source: str | Path) -> Path:
-    """The directory of a checkpoint named on the command line.
+    """The directory of a checkpoint named on the command line, for what needs its files on this machine.
 
     Raises:
         UsageProblem: a hub name, which has to be downloaded first.
@@ -45,39 +59,28 @@ def locate(source: str | Path) -> Path:
         )
     path = Path(text)
     if not path.exists():
-        raise BadInput(f"no directory {path}", "Give the folder that holds config.json and *.safetensors.")
+        raise BadInput(f"no directory {path}", _REMEDY)
     if not path.is_dir():
-        raise BadInput(
-            f"{path} is not a directory", "Give the folder that holds config.json and *.safetensors."
-        )
+        raise BadInput(f"{path} is not a directory", _REMEDY)
     return path
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises BadInput: missing, not JSON, a key twice, or no object."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadInput(f"no file {path}") from None
-    except (OSError, UnicodeDecodeError) as err:
-        raise BadInput(f"cannot read {path}: {err}") from None
+def open_folder(source: str | Path) -> Folder:
+    """The files behind SOURCE: a directory, a hub cache snapshot, or `hf://org/name@revision`.
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return found
+    Raises:
+        UsageProblem: a malformed hub name, or a scheme other than hf.
+        BadInput: no such directory.
+        RemoteFailure: the hub does not answer, or has no such repository or revision.
+    """
+    from packager.checkpoint.hub_name import HubName
 
-    def finite(name: str) -> float:
-        raise ValueError(f"{name} is not JSON")
+    name = HubName.parse(source)
+    if name is None:
+        return LocalFolder(locate(source))
+    from packager.checkpoint.hub import HubFolder
 
-    try:
-        document = json.loads(text, object_pairs_hook=once, parse_constant=finite)
-    except (ValueError, RecursionError) as err:
-        raise BadInput(f"{path} is not sound JSON: {err}") from None
-    if not isinstance(document, dict):
-        raise BadInput(f"{path} does not hold a JSON object")
-    return document
+    return HubFolder(name)
 
 
 def listed(problems: list[str]) -> str:
@@ -89,58 +92,75 @@ def listed(problems: list[str]) -> str:
 
 
 @dataclass(frozen=True)
+class SideFile:
+    """A small file that travels with the weights unchanged."""
+
+    name: str
+    folder: Folder
+
+    def read_bytes(self) -> bytes:
+        """Its content. Raises as `Folder.read`."""
+        return self.folder.read(self.name)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: headers are read and agree with the index; data is read on demand.
 
     `tensors` is ordered by shard name, then by position in the shard: reading in that order is sequential.
+    May be used from many threads, each with a reader of its own.
     """
 
-    path: Path
+    folder: Folder
     shards: dict[str, ShardHeader]
     tensors: dict[str, TensorInfo]
 
     @classmethod
-    def open(cls, source: str | Path) -> Checkpoint:
-        """Open a directory.
+    def open(cls, source: str | Path | Folder) -> Checkpoint:
+        """Open a directory, a hub cache snapshot, or `hf://org/name@revision`; only headers are read.
 
         Raises:
             BadInput: no weights; a shard missing, truncated or unsound; index and shards disagree (all
                 disagreements are listed).
-            UsageProblem: a hub name.
+            UsageProblem: a malformed hub name.
+            RemoteFailure: the hub does not answer, or has no such repository or revision.
         """
-        path = locate(source)
-        index, single = path / INDEX_NAME, path / SINGLE_NAME
-        if index.is_file():
-            return cls._sharded(path, _weight_map(index))
-        if single.is_file():
-            header = read_header(single)
-            return cls(path, {SINGLE_NAME: header}, dict(header.tensors))
-        remedy = "Give the folder that holds config.json and *.safetensors."
-        if loose := sorted(path.glob("*.safetensors")):
+        folder = source if isinstance(source, Folder) else open_folder(source)
+        files = folder.sizes()
+        if INDEX_NAME in files:
+            return cls._sharded(folder, _weight_map(folder))
+        if SINGLE_NAME in files:
+            header = folder.headers([SINGLE_NAME])[SINGLE_NAME]
+            if isinstance(header, BadInput):
+                raise header
+            return cls(folder, {SINGLE_NAME: header}, dict(header.tensors))
+        loose = [name for name in files if name.endswith(".safetensors")]
+        if loose:
             raise BadInput(
-                f"{path} has {len(loose)} safetensors files but no {INDEX_NAME}",
+                f"{folder.name} has {len(loose)} safetensors files but no {INDEX_NAME}",
                 "Download the index file as well.",
             )
-        pickles = [name.name for name in sorted(path.glob("*.bin"))]
+        pickles = sorted(name for name in files if name.endswith(".bin"))
         if pickles:
-            raise BadInput(f"{path} holds pickled weights ({pickles[0]}), which are never loaded", remedy)
-        raise BadInput(f"{path} is not a checkpoint: it has no {SINGLE_NAME} and no {INDEX_NAME}", remedy)
+            raise BadInput(
+                f"{folder.name} holds pickled weights ({pickles[0]}), which are never loaded", _REMEDY
+            )
+        raise BadInput(
+            f"{folder.name} is not a checkpoint: it has no {SINGLE_NAME} and no {INDEX_NAME}", _REMEDY
+        )
 
     @classmethod
-    def _sharded(cls, path: Path, weight_map: dict[str, str]) -> Checkpoint:
-        problems: list[str] = []
+    def _sharded(cls, folder: Folder, weight_map: dict[str, str]) -> Checkpoint:
+        files, named = folder.sizes(), set(weight_map.values())
+        problems = [f"missing shard {name}" for name in sorted(named - files.keys())]
         shards: dict[str, ShardHeader] = {}
-        for name in sorted(set(weight_map.values())):
-            if not (path / name).is_file():
-                problems.append(f"missing shard {name}")
-                continue
-            try:
-                shards[name] = read_header(path / name)
-            except BadInput as err:
-                problems.append(err.message)
-        for extra in sorted(path.glob("*.safetensors")):
-            if extra.name not in set(weight_map.values()):
-                problems.append(f"{extra.name} is not in the index")
+        for name, found in folder.headers(sorted(named & files.keys())).items():
+            if isinstance(found, BadInput):
+                problems.append(found.message)
+            else:
+                shards[name] = found
+        extra = sorted(name for name in files if name.endswith(".safetensors") and name not in named)
+        problems.extend(f"{name} is not in the index" for name in extra)
         tensors: dict[str, TensorInfo] = {}
         for name, header in shards.items():
             for tensor, info in header.tensors.items():
@@ -156,66 +176,86 @@ class Checkpoint:
                 problems.append(f"{tensor} is not in {name}, where the index has it")
         if problems:
             raise BadInput(
-                f"the shards of {path} and its index do not agree:\n{listed(problems)}",
+                f"the shards of {folder.name} and its index do not agree:\n{listed(problems)}",
                 "Download the checkpoint again; an interrupted download looks like this.",
             )
-        return cls(path, shards, tensors)
+        return cls(folder, shards, tensors)
+
+    @property
+    def name(self) -> str:
+        """As messages and records call it: the path, or `hf://org/name@commit` with the whole commit."""
+        return self.folder.name
+
+    @property
+    def path(self) -> Path:
+        """The directory. Raises UsageProblem: the checkpoint is read from a hub and has none."""
+        if self.folder.path is None:
+            return locate(self.folder.name)
+        return self.folder.path
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        # Each header has been checked to describe exactly the data of its file.
+        return sum(header.size - header.data_start for header in self.shards.values())
 
     def config(self) -> dict[str, Any]:
         """config.json as it stands. Raises BadInput: missing or not a JSON object."""
-        return read_json_object(self.path / CONFIG_NAME)
+        return self.folder.json(CONFIG_NAME)
 
-    def side_files(self) -> list[Path]:
+    def side_files(self) -> list[SideFile]:
         """Files that travel with the weights unchanged (tokenizer, template, generation settings)."""
-        return sorted(
-            entry
-            for entry in self.path.iterdir()
-            if entry.is_file()
-            and entry.suffix in SIDE_SUFFIXES
-            and entry.name not in _NOT_SIDE
-            and not entry.name.startswith(".")
-        )
+        return [
+            SideFile(name, self.folder)
+            for name in sorted(self.folder.sizes())
+            if name.endswith(SIDE_SUFFIXES) and name not in _NOT_SIDE and not name.startswith(".")
+        ]
 
     def digest(self) -> str:
         """Identity of the checkpoint: of the manifest where it is a sealed artifact, else of all its bytes.
 
-        Either way every byte is read. Raises IntegrityFailure where a sealed artifact was altered.
+        The same files give the same digest wherever they lie. In a directory every byte is read. Of a hub
+        repository only small files are: the hub states the SHA-256 of each weight file, and what is read
+        later is held against it.
+
+        Raises:
+            IntegrityFailure: a sealed artifact was altered, or the hub gave other bytes than it announced.
+            BadInput: a file vanished or has changed since the checkpoint was opened.
+            RemoteFailure: the hub does not give a file.
         """
-        if is_sealed(self.path):
-            return check(self.path).digest
-        names = [CONFIG_NAME, INDEX_NAME, *self.shards]
-        files = [*(self.path / name for name in names), *self.side_files()]
-        total = hashlib.sha256()
-        for file in sorted(file for file in files if file.is_file()):
-            total.update(f"{file_sha256(file)}  {file.name}\n".encode())
-        return "sha256:" + total.hexdigest()
+        if manifest := self.folder.manifest(deep=True):
+            return manifest.digest
+        side = [file.name for file in self.side_files()]
+        files = ({CONFIG_NAME, INDEX_NAME} & self.folder.sizes().keys()) | {*self.shards, *side}
+        return combined_digest({name: self.folder.sha256(name) for name in sorted(files)})
 
     def reader(self) -> TensorReader:
         """A reader of tensor data; use it in a `with` block."""
         return TensorReader(self)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json_object(index).get("weight_map")
+def _weight_map(folder: Folder) -> dict[str, str]:
+    index = folder.where(INDEX_NAME)
+    weight_map = folder.json(INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{index} has no weight_map", "Download the index file again.")
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise BadInput(f"{index}: {tensor} points to {name!r}, which is no shard of this folder")
+    names = list(weight_map.values())
+    for name in set(names) if all(isinstance(name, str) for name in names) else [None]:
+        if name is None or Path(name).name != name or not name.endswith(".safetensors"):
+            raise BadInput(f"{index} points to {name!r:.200}, which is no shard of this folder")
     return weight_map
 
 
 class TensorReader:
-    """Reads tensors by position, never more than is asked for; one file is open at a time."""
+    """Reads tensors by position, never more than is asked for; one file is open at a time.
+
+    Of a hub's file a run of reads, each beginning where the one before ended, goes over one connection.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._shard, self._handle = "", -1
+        self._shard = ""
+        self._file: OpenFile | None = None
 
     def __enter__(self) -> TensorReader:
         return self
@@ -223,41 +263,32 @@ class TensorReader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._shard, self._handle = "", -1
+        self._close()
 
-    def _switch(self, shard: str) -> None:
-        if shard != self._shard:
-            if self._handle >= 0:
-                os.close(self._handle)
-                self._handle = -1
-            try:
-                self._handle = os.open(self._checkpoint.path / shard, os.O_RDONLY)
-            except OSError as err:
-                raise BadInput(f"cannot read {self._checkpoint.path / shard}: {err.strerror}") from None
-            self._shard = shard
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._shard, self._file = "", None
+
+    def _open(self, shard: str) -> OpenFile:
+        if self._file is None or shard != self._shard:
+            self._close()
+            self._shard, self._file = shard, self._checkpoint.folder.open(shard)
+        return self._file
 
     def bytes(self, info: TensorInfo, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
         """Bytes [begin, end) of a tensor's data, in fresh memory.
 
         Raises:
-            BadInput: the file has become shorter since it was opened, or cannot be read.
+            BadInput: the file cannot be read, or has changed since the checkpoint was opened.
+            RemoteFailure: the hub does not give the bytes, after several attempts.
+            IntegrityFailure: the hub gave other bytes than it announced.
         """
         import numpy as np
 
-        end = info.nbytes if end is None else end
-        self._switch(info.shard)
-        out = np.empty(end - begin, dtype=np.uint8)
-        view, position = out.data, self._checkpoint.shards[info.shard].data_start + info.begin + begin
-        while view.nbytes:
-            try:
-                got = os.preadv(self._handle, [view], position)
-            except OSError as err:
-                raise BadInput(f"cannot read {self._checkpoint.path / info.shard}: {err.strerror}") from None
-            if not got:
-                raise BadInput(f"{self._checkpoint.path / info.shard} ended within {info.name}")
-            view, position = view[got:], position + got
+        out = np.empty((info.nbytes if end is None else end) - begin, dtype=np.uint8)
+        start = self._checkpoint.shards[info.shard].data_start + info.begin + begin
+        self._open(info.shard).fill(out.data, start)
         return out
 
     def chunks(self, info: TensorInfo, limit: int = 1 << 26) -> Iterator[NDArray[np.uint8]]:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import click
 
-from packager.artifact import Manifest, check, file_sha256, is_sealed
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import (
     QUANTIZABLE,
+    Expected,
     Role,
     count_parameters,
     expected_tensors,
     layout_problems,
     mtp_layers_in,
 )
+from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import readable_bytes
-from packager.checkpoint.source import CONFIG_NAME, Checkpoint, locate, read_json_object
-from packager.errors import BadInput, IntegrityFailure, PackagerError
+from packager.checkpoint.source import CONFIG_NAME, Checkpoint, open_folder
+from packager.errors import BadInput, IntegrityFailure
 from packager.quantize.dialects import BLOCK, Quantization, quantized_layout, read_quantization
 
 
@@ -49,24 +49,25 @@ class Inspection:
 
 
 def examine(source: str) -> Inspection:
-    """Inspect a checkpoint directory without reading tensor data.
+    """Inspect a checkpoint, in a directory or on a hub, without reading tensor data.
 
     Of a sealed artifact, sizes are compared and small files hashed; `packager verify` hashes the weights.
 
     Raises:
         BadInput: no directory, no config.json, or another architecture. Everything else is a problem listed
             in the result.
+        UsageProblem: a malformed hub name. RemoteFailure: the hub does not answer.
     """
-    path = locate(source)
-    if not (path / CONFIG_NAME).is_file():
+    folder = open_folder(source)
+    if CONFIG_NAME not in folder.sizes():
         raise BadInput(
-            f"{path} is not a checkpoint: it has no {CONFIG_NAME}",
+            f"{folder.name} is not a checkpoint: it has no {CONFIG_NAME}",
             "Give the folder that holds config.json and *.safetensors.",
         )
-    raw = read_json_object(path / CONFIG_NAME)
-    config = BailingConfig.parse(raw, str(path / CONFIG_NAME))
+    raw = folder.json(CONFIG_NAME)
+    config = BailingConfig.parse(raw, folder.where(CONFIG_NAME))
     found = Inspection(
-        path=str(path),
+        path=folder.name,
         architecture=config.architectures[0],
         model_type=config.model_type,
         shape={
@@ -86,10 +87,9 @@ def examine(source: str) -> Inspection:
     )
     found.problems.extend(_rope_problems(raw, config))
     quantization = _quantization(config, found)
-    _weights(path, config, quantization, found)
-    found.notes.extend(_notes(path, raw, config))
-    if is_sealed(path):
-        _artifact(path, found)
+    layout = _weights(folder, config, quantization, found)
+    found.notes.extend(_notes(folder, raw, config, layout))
+    _artifact(folder, found)
     return found
 
 
@@ -148,12 +148,16 @@ def _quantization(config: BailingConfig, found: Inspection) -> Quantization | No
     return quantization
 
 
-def _weights(path: Path, config: BailingConfig, quantization: Quantization | None, found: Inspection) -> None:
+def _weights(
+    folder: Folder, config: BailingConfig, quantization: Quantization | None, found: Inspection
+) -> list[Expected]:
+    """Judge the weights; returns the layout that the config calls for."""
     mtp = 0
     try:
-        checkpoint = Checkpoint.open(path)
+        checkpoint = Checkpoint.open(folder)
     except BadInput as err:
         found.problems.append(err.message)
+        layout = expected_tensors(config)
     else:
         mtp = mtp_layers_in(config, checkpoint.tensors)
         dtypes: dict[str, dict[str, int]] = {}
@@ -169,10 +173,9 @@ def _weights(path: Path, config: BailingConfig, quantization: Quantization | Non
             "dtypes": dict(sorted(dtypes.items())),
         }
         layout = expected_tensors(config, mtp)
-        if quantization is not None:
-            layout = quantized_layout(layout, quantization)
         if quantization is not None or not config.quantization_config:
-            found.problems.extend(layout_problems(layout, checkpoint.tensors))
+            stored = quantized_layout(layout, quantization) if quantization else layout
+            found.problems.extend(layout_problems(stored, checkpoint.tensors))
         bias = {
             checkpoint.tensors[w.name].dtype
             for w in layout
@@ -192,14 +195,17 @@ def _weights(path: Path, config: BailingConfig, quantization: Quantization | Non
         "float32": counted.float32,
         "mtp": counted.mtp,
     }
+    return layout
 
 
-def _notes(path: Path, raw: dict[str, Any], config: BailingConfig) -> Iterator[str]:
+def _notes(
+    folder: Folder, raw: dict[str, Any], config: BailingConfig, layout: list[Expected]
+) -> Iterator[str]:
     odd = sorted(
         {
             f"{list(want.shape)}"
-            for want in expected_tensors(config)
-            if want.role in QUANTIZABLE and any(size % BLOCK for size in want.shape)
+            for want in layout
+            if want.role in QUANTIZABLE and not want.mtp and any(size % BLOCK for size in want.shape)
         }
     )
     if odd:
@@ -209,30 +215,25 @@ def _notes(path: Path, raw: dict[str, Any], config: BailingConfig) -> Iterator[s
         for token in ids if isinstance(ids, list) else [ids]:
             if isinstance(token, int) and token >= config.vocab_size:
                 yield f"{key} {token} lies beyond the vocabulary of {config.vocab_size}"
-    if not (path / "tokenizer.json").is_file():
+    files = folder.sizes()
+    if "tokenizer.json" not in files:
         yield "no tokenizer.json: it cannot be served as it is"
-    if raw.get("auto_map") or any(path.glob("*.py")):
+    if raw.get("auto_map") or any(name.endswith(".py") for name in files):
         yield "brings code (auto_map or *.py), which is never run here and not needed"
-    loose = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pkl", "*.pth") for file in path.glob(suffix))
+    loose = sorted(name for name in files if name.endswith((".bin", ".pt", ".pkl", ".pth")))
     if loose:
         yield f"pickled files, never read here: {', '.join(loose)}"
 
 
-def _artifact(path: Path, found: Inspection) -> None:
+def _artifact(folder: Folder, found: Inspection) -> None:
     try:
-        manifest: Manifest = check(path, deep=False)
-        changed = [
-            entry.path
-            for entry in manifest.files
-            if not entry.path.endswith(".safetensors") and file_sha256(path / entry.path) != entry.sha256
-        ]
-        if changed:
-            raise IntegrityFailure(f"changed since it was sealed: {', '.join(changed)}")
-    except PackagerError as err:
+        manifest = folder.manifest(deep=False)
+    except (BadInput, IntegrityFailure) as err:
         found.problems.append(err.message)
         found.altered = isinstance(err, IntegrityFailure)
     else:
-        found.artifact = {"stage": manifest.stage, "digest": manifest.digest}
+        if manifest is not None:
+            found.artifact = {"stage": manifest.stage, "digest": manifest.digest}
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
@@ -304,9 +305,10 @@ def _print(found: Inspection) -> None:
 @click.argument("source")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(source: str, as_json: bool) -> None:
-    """Say what the checkpoint in the folder SOURCE is, and what is wrong with it.
+    """Say what the checkpoint SOURCE is, and what is wrong with it.
 
-    Reads headers and configuration only, in a second or two at any size. Exits 3 if something is wrong, 5 if
+    SOURCE is a folder or hf://org/name@revision. Reads headers and configuration only, in a second or two at
+    any size; of a hub repository, the byte ranges that hold them. Exits 3 if something is wrong, 5 if
     a sealed artifact was altered.
     """
     found = examine(source)

@@ -57,33 +57,35 @@ def command(
     acceptance_length: float | None,
     as_json: bool,
 ) -> None:
-    """Whether the model in SOURCE (a folder with config.json) can be served, and how fast at best.
+    """Whether the model in SOURCE can be served, and how fast at best.
+
+    SOURCE is a folder with config.json, or hf://org/name@revision, of which only headers are read.
 
     Weights need not be there: bytes are computed from config.json. The bound on speed is what bandwidth and
     arithmetic allow; no engine reaches it.
     """
     from packager.bailing.config import BailingConfig
-    from packager.checkpoint.source import locate
+    from packager.checkpoint.source import CONFIG_NAME, open_folder
 
     if (source is None) == (shape is None):
         raise UsageProblem(
             "give either SOURCE or --shape", "For instance: packager plan --shape ling-flash-2.0"
         )
     if shape is not None:
-        directory, config = None, shape_config(shape)
+        folder, config = None, shape_config(shape)
     else:
-        directory = locate(str(source))
-        config = BailingConfig.load(directory)
+        folder = open_folder(str(source))
+        config = BailingConfig.parse(folder.json(CONFIG_NAME), folder.where(CONFIG_NAME))
     if acceptance_length is not None and acceptance_length > draft_tokens + 1:
         raise UsageProblem(
             f"{draft_tokens} draft tokens cannot yield {acceptance_length} tokens a step",
             f"--acceptance-length is at most {draft_tokens + 1} here.",
         )
-    own_draft = directory / "draft" if directory and (directory / "draft" / "config.json").is_file() else None
+    own_draft = folder.child("draft") if folder else None
     model = model_bytes(
         config,
         precision,
-        directory=directory,
+        directory=folder,
         draft=own_draft if with_draft else None,
         draft_vocab=(draft_vocab or min(32000, config.vocab_size)) if with_draft and not own_draft else None,
     )
@@ -96,13 +98,18 @@ def command(
         acceptance_length=acceptance_length,
         draft_tokens=draft_tokens,
     )
-    served = directory if directory and (precision == "fp8") == bool(config.quantization_config) else None
+    as_it_is = folder is not None and (precision == "fp8") == bool(config.quantization_config)
+    served = folder.path if folder and as_it_is else None
+    draft_path = own_draft.path if own_draft else None
+    made_by = "`packager release` or `packager bundle` makes"
+    if folder and folder.path is None and as_it_is:
+        made_by = f"`hf download {' --revision '.join(folder.name.removeprefix('hf://').split('@'))}` prints"
     chosen = plan.fit if plan.fits else plan.alternative
     serve = None
     if chosen is not None:
         spec = ServeSpec(
             model=served or _RELEASED,
-            draft=None if not with_draft else own_draft or (served or _RELEASED) / "draft",
+            draft=None if not with_draft else draft_path or (served or _RELEASED) / "draft",
             num_speculative_tokens=draft_tokens,
             max_model_len=length,
             tensor_parallel=chosen.hardware.count,
@@ -112,7 +119,7 @@ def command(
     if as_json:
         click.echo(json.dumps(_document(plan, serve, longer), indent=2))
     else:
-        _print(plan, serve, served is None, longer, acceptance_length)
+        _print(plan, serve, None if served else made_by, longer, acceptance_length)
 
 
 def _document(plan: Plan, serve: list[str] | None, longer: bool) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def _size(count: float) -> str:
 
 
 def _print(
-    plan: Plan, serve: list[str] | None, placeholder: bool, longer: bool, acceptance: float | None
+    plan: Plan, serve: list[str] | None, made_by: str | None, longer: bool, acceptance: float | None
 ) -> None:
     model, found = plan.model, plan.fit
     share = hardware_file().engine
@@ -198,8 +205,8 @@ def _print(
         return
     click.echo("\nserve with" if plan.fits else "\nthere, serve with")
     click.echo(f"  {shlex.join(serve)}")
-    if placeholder:
-        click.echo(f"  ({_RELEASED} is the folder that `packager release` or `packager bundle` makes)")
+    if made_by:
+        click.echo(f"  ({_RELEASED} is the folder that {made_by})")
     if longer:
         trained = model.config.max_position_embeddings
         click.echo(f"  (the config says {trained} tokens: extend it first with `packager extend-context`)")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from packager.recipe import QuantizeSpec
 
+if TYPE_CHECKING:
+    from packager.quantize.dry_run import DryRun
+
 
 @click.command(name="quantize")
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--scheme", type=click.Choice(["fp8-block"]), default="fp8-block", show_default=True)
 @click.option(
     "--dialect",
@@ -36,29 +40,39 @@ from packager.recipe import QuantizeSpec
     show_default=True,
     help="Largest data section of an output shard.",
 )
+@click.option("--dry-run", "only_plan", is_flag=True, help="Print what would be done, from headers alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
     source: str,
-    out: Path,
+    out: Path | None,
     scheme: Literal["fp8-block"],
     dialect: Literal["compressed-tensors", "deepseek"],
     scale_rounding: Literal["power-of-two", "float32"],
     shard_bytes: int,
+    only_plan: bool,
     as_json: bool,
 ) -> None:
     """Write the BF16 checkpoint SOURCE as 128x128 block FP8 into the new folder OUT.
 
+    SOURCE is a folder or hf://org/name@revision, which is read by byte ranges: nothing but OUT is stored.
+
     Works shard by shard in little memory. Interrupted at any moment, the same command goes on with the first
     unfinished shard and ends in the same bytes.
     """
-    from packager.checkpoint.source import locate
-    from packager.quantize import quantize
+    from packager.errors import UsageProblem
+    from packager.quantize import dry_run, quantize
 
     spec = QuantizeSpec(
         scheme=scheme, dialect=dialect, scale_rounding=scale_rounding, shard_bytes=shard_bytes
     )
+    if only_plan:
+        planned = dry_run(source, spec)
+        click.echo(json.dumps(asdict(planned))) if as_json else _print_plan(planned)
+        return
+    if out is None:
+        raise UsageProblem("OUT is not given", "Name a new folder for the output, or add --dry-run.")
     manifest = quantize(
-        locate(source),
+        source,
         out,
         spec,
         recipe_digest=spec.digest,
@@ -68,6 +82,22 @@ def command(
         click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
         return
     _print(out, manifest.digest, manifest.metrics)
+
+
+def _print_plan(planned: DryRun) -> None:
+    from packager.checkpoint.header import readable_bytes
+
+    row = "{:<17}{:<9}{:<14}{:>7} {:>15} {:>8} {:>8}".format
+    click.echo(f"{planned.source}, scheme {planned.scheme}")
+    click.echo(row("role", "decision", "stored as", "tensors", "parameters", "from", "to"))
+    for role in planned.roles:
+        sizes = readable_bytes(role.source_bytes), readable_bytes(role.output_bytes)
+        counts = f"{role.tensors:,}", f"{role.parameters:,}"
+        click.echo(row(role.role, role.decision, role.stored_as or "-", *counts, *sizes))
+    click.echo(
+        f"{readable_bytes(planned.source_bytes)} would become {readable_bytes(planned.output_bytes)} "
+        f"in {planned.shards} shard(s); peak memory about {readable_bytes(planned.peak_memory_bytes)}"
+    )
 
 
 def _print(out: Path, digest: str, metrics: dict[str, Any]) -> None:

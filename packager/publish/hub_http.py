@@ -18,12 +18,6 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from packager.publish.hub_store import HubError
 
-Fault = int | Literal["reset", "lost-reply", "cut-reply"]
-"""An HTTP status to answer with; or: cut the connection before acting; act and send nothing; act and send
-half of the answer."""
-FaultHook = Callable[[str, str], Fault | None]
-"""Asked at every request with its method and path."""
-
 
 @dataclass
 class Request:
@@ -55,6 +49,14 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     content: BinaryIO | None = None
     size: int = 0
+
+
+_Broken = Literal["reset", "lost-reply", "cut-reply", "short-reply", "altered-reply", "no-range"]
+Fault = int | Reply | _Broken
+"""A status or a whole answer to give instead; or: cut the connection before acting; act and send nothing; act
+and send half of the answer, then reset or close; act and change one byte; act as if no range were asked."""
+FaultHook = Callable[[str, str], Fault | None]
+"""Asked at every request with its method and path."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -108,23 +110,22 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.intercept(self.command, address.path)
         if fault == "reset":
             return self._reset()
-        body = _Body(self.rfile, {k.lower(): v for k, v in self.headers.items()})
+        headers = {k.lower(): v for k, v in self.headers.items()}
+        body = _Body(self.rfile, headers)
+        if fault == "no-range":
+            headers.pop("range", None)
         if isinstance(fault, int):
             reply = Reply(fault, {"error": f"fault {fault}, injected"})
+        elif isinstance(fault, Reply):
+            reply = fault
         else:
             reply = self.server.answer(
-                Request(
-                    self.command,
-                    address.path,
-                    parse_qs(address.query),
-                    {k.lower(): v for k, v in self.headers.items()},
-                    cast(BinaryIO, body),
-                )
+                Request(self.command, address.path, parse_qs(address.query), headers, cast(BinaryIO, body))
             )
         body.drain()
         if fault == "lost-reply":
             return self._reset()
-        self._send(reply, cut=fault == "cut-reply")
+        self._send(reply, fault)
         return None
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
@@ -135,7 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
         self.close_connection = True
 
-    def _send(self, reply: Reply, *, cut: bool) -> None:
+    def _send(self, reply: Reply, fault: Fault | None) -> None:
+        cut = fault in ("cut-reply", "short-reply")
         headers = dict(reply.headers)
         content, size = reply.content, reply.size
         if content is None:
@@ -151,11 +153,17 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "HEAD":
                 return
             left = size // 2 if cut else size
+            if fault == "altered-reply" and left:
+                first = content.read(1)[0]
+                self.wfile.write(bytes([first ^ 1]))
+                left -= 1
             while left and (chunk := content.read(min(left, 1 << 20))):
                 self.wfile.write(chunk)
                 left -= len(chunk)
         if cut:
             self.wfile.flush()
+            self.close_connection = True
+        if fault == "cut-reply":
             self._reset()
 
 

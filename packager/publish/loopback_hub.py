@@ -8,7 +8,9 @@ of the client's own source (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_downl
     with LoopbackHub(Path("hub")) as hub:
         HfApi(endpoint=hub.url, token="anything").create_repo("org/name")
 
-Every token is accepted; a request that writes, or that reads a private repository, needs one.
+Every token is accepted; a request that writes, or that reads a private repository, needs one. With
+`storage_host` the contents of LFS files come from a second address, as they do from the real hub: by links
+that are signed, that expire, and that a token must not follow.
 """
 
 from __future__ import annotations
@@ -39,21 +41,34 @@ _REV = r"(?P<rev>[^/]+)"
 class LoopbackHub:
     """A hub whose state lies under `storage`; it serves inside `with`, or from start() to stop()."""
 
-    def __init__(self, storage: Path, *, port: int = 0, fault: FaultHook | None = None) -> None:
+    def __init__(
+        self, storage: Path, *, port: int = 0, fault: FaultHook | None = None, storage_host: bool = False
+    ) -> None:
         self.store = HubStore(storage)
         self.fault = fault
         self.requests: list[tuple[str, str]] = []
         """Method and path of every request so far."""
+        self.signature = 1
+        """What links to the storage host are signed with; another number lets all earlier ones expire."""
         self._port = port
-        self._server: HubServer | None = None
-        self._thread: threading.Thread | None = None
+        self._storage_host = storage_host
+        self._servers: list[tuple[HubServer, threading.Thread]] = []
 
     @property
     def url(self) -> str:
         """`http://127.0.0.1:PORT`, valid while the hub serves."""
-        if self._server is None:
+        return f"http://127.0.0.1:{self._port_of(0)}"
+
+    @property
+    def storage_url(self) -> str:
+        """Address of the storage host, valid while the hub serves and has one."""
+        # Another host name: the client takes a redirect to another port for one within the hub.
+        return f"http://localhost:{self._port_of(1)}"
+
+    def _port_of(self, number: int) -> int:
+        if len(self._servers) <= number:
             raise RuntimeError("the hub is not running")
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return int(self._servers[number][0].server_address[1])
 
     def start(self) -> None:
         """Begin to serve.
@@ -61,24 +76,29 @@ class LoopbackHub:
         Raises:
             UsageProblem: the port asked for is in use.
         """
+        self._serve(self._port, self.answer)
+        if self._storage_host:
+            self._serve(0, self._answer_storage)
+
+    def _serve(self, port: int, answer: Callable[[Request], Reply]) -> None:
         try:
-            self._server = HubServer(self._port, self.answer, self._intercept)
+            server = HubServer(port, answer, self._intercept)
         except OSError as err:
             raise UsageProblem(
-                f"port {self._port} cannot be used: {err.strerror}", "Choose another port."
+                f"port {port} cannot be used: {err.strerror}", "Choose another port."
             ) from None
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        self._servers.append((server, thread))
+        thread.start()
 
     def stop(self) -> None:
         """Stop serving and close every connection; what was committed stays on disk."""
-        if self._server is None or self._thread is None:
-            return
-        self._server.shutdown()
-        self._thread.join()
-        self._server.close_connections()
-        self._server.server_close()
-        self._server = self._thread = None
+        while self._servers:
+            server, thread = self._servers.pop()
+            server.shutdown()
+            thread.join()
+            server.close_connections()
+            server.server_close()
 
     def __enter__(self) -> LoopbackHub:
         self.start()
@@ -398,10 +418,24 @@ class LoopbackHub:
             headers |= {"X-Xet-Hash": xet.xet_hash, "Link": f'<{token}>; rel="xet-auth"'}
         if request.path.startswith(f"/{repo}/content/"):
             return self._bytes_of(file.sha256, request, headers | {"ETag": f'"{file.sha256}"'})
-        # The real hub sends the client to a storage host. There is only one host here, so the client follows
-        # at once and looks for the metadata on the second answer: both carry it.
+        # With one host only, the client follows at once and looks for the metadata on the second answer: both
+        # carry it.
         location = f"{self.url}/{repo}/content/{commit.oid}/{quote(path)}"
+        if self._storage_host:
+            location = f"{self.storage_url}/objects/{file.sha256}?signature={self.signature}"
         return Reply(302, None, headers | {"Location": location})
+
+    def _answer_storage(self, request: Request) -> Reply:
+        """What a storage host gives for a signed link: bytes, and refusals that are not the hub's own."""
+        oid = request.path.removeprefix("/objects/")
+        if "authorization" in request.headers:
+            return Reply(400, {"error": "a signed link and a token: only one may be sent"})
+        if request.query.get("signature") != [str(self.signature)]:
+            return Reply(403, {"error": "the link has expired"})
+        try:
+            return self._bytes_of(oid, request, {"ETag": f'"{oid[:32]}"', "Accept-Ranges": "bytes"})
+        except HubError as err:
+            return Reply(err.status, {"error": err.message})
 
     def _bytes_of(self, sha256: str, request: Request, headers: dict[str, str]) -> Reply:
         stream = self.store.open_object(sha256, f"{self.url}/api/xet-token")

@@ -1,8 +1,8 @@
 """Block FP8: conversion shard by shard, two dialects of the same bytes, and the way back to BF16."""
 
 from packager.quantize.compare import diff
-from packager.quantize.convert import quantize
+from packager.quantize.convert import dry_run, quantize
 from packager.quantize.dequantize import dequantize
 from packager.quantize.relabel import relabel
 
-__all__ = ["dequantize", "diff", "quantize", "relabel"]
+__all__ = ["dequantize", "diff", "dry_run", "quantize", "relabel"]

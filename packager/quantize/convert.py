@@ -25,6 +25,7 @@ from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, plan_sh
 from packager.errors import BadInput
 from packager.quantize import fidelity
 from packager.quantize.dialects import BLOCK, Quantization, quantization_config, scale_shape
+from packager.quantize.dry_run import DryRun, plan_dry_run
 from packager.quantize.fidelity import TensorFidelity
 from packager.recipe import QuantizeSpec
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 STAGE = "quantize"
 _SLAB_ELEMENTS = 1 << 20
 """Elements quantized at once: FP32 temporaries of this size stay in a core's cache."""
+_TORCH_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class _Job:
 
 
 def quantize(
-    source: Path,
+    source: str | Path,
     out: Path,
     spec: QuantizeSpec,
     *,
@@ -66,7 +68,7 @@ def quantize(
     digest; called on a finished `out` of the same source and settings, it returns its manifest.
 
     Args:
-        source: checkpoint directory.
+        source: checkpoint directory, or `hf://org/name@revision`, read by byte ranges.
         out: new, unfinished, or already finished artifact.
         spec: dialect, rounding of scales, shard size.
         recipe_digest: what the manifest records as the settings' digest.
@@ -75,10 +77,14 @@ def quantize(
     Raises:
         BadInput: not a BailingMoeV2 checkpoint, tensors that do not fit the config, already quantized, NaN or
             infinity in a weight (named, with its position), no room, or a target that cannot be written.
-        IntegrityFailure: `source` is a sealed artifact that was altered.
+        IntegrityFailure: `source` is a sealed artifact that was altered; a hub gave other bytes.
+        UsageProblem: a malformed hub name. RemoteFailure: the hub does not give the bytes.
     """
-    job = _plan(Path(source), spec)
-    progress(f"reading {readable_bytes(job.checkpoint.nbytes)} of source for its digest")
+    job = _plan(source, spec)
+    if job.checkpoint.folder.path is None:
+        progress(f"reading {job.checkpoint.name}")
+    else:
+        progress(f"reading {readable_bytes(job.checkpoint.nbytes)} of source for its digest")
     inputs = {"source": job.checkpoint.digest()}
     if found := sealed_for(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs):
         progress(f"{out} is finished already")
@@ -95,10 +101,22 @@ def quantize(
         return writer.seal(_metrics(job, ledger), tools=_tools())
 
 
-def _plan(source: Path, spec: QuantizeSpec) -> _Job:
+def dry_run(source: str | Path, spec: QuantizeSpec) -> DryRun:
+    """What `quantize` would do, from headers alone. Raises as `quantize` does before it reads data."""
+    job = _plan(source, spec)
+    converted = {tensor.name for plan in job.shards for tensor in plan.tensors if tensor.dtype == "F8_E4M3"}
+    largest = max((job.checkpoint.tensors[name].nbytes for name in converted), default=0)
+    # The tensor in hand, its slab in FP32 several times over, a chunk of what is copied, and torch.
+    peak = largest + 6 * 4 * _SLAB_ELEMENTS + (1 << 26) + _TORCH_BYTES
+    return plan_dry_run(
+        job.checkpoint.name, spec.scheme, job.checkpoint.tensors, job.layout, job.shards, peak
+    )
+
+
+def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
     checkpoint = Checkpoint.open(source)
     raw = checkpoint.config()
-    config = BailingConfig.parse(raw, str(checkpoint.path / CONFIG_NAME))
+    config = BailingConfig.parse(raw, checkpoint.folder.where(CONFIG_NAME))
     if config.quantization_config:
         method = config.quantization_config.get("quant_method")
         raise BadInput(

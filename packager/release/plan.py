@@ -14,6 +14,7 @@ from typing import Any
 
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import QUANTIZABLE, expected_tensors
+from packager.checkpoint.hub_name import is_commit
 from packager.checkpoint.source import read_json_object
 from packager.errors import BadInput
 from packager.recipe import Recipe
@@ -254,7 +255,7 @@ def _undecided(
     nano = spec.packaged
     if not present:
         missing.append(f"the weights: {found.source / GB:.0f} GB of {spec.repo or spec.path}")
-    if spec.repo is not None and spec.revision is None:
+    if spec.repo is not None and not (spec.revision and is_commit(spec.revision)):
         missing.append("source.revision: the commit to release is not pinned")
     if recipe.bundle.license is None:
         missing.append("bundle.license: not decided")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.artifact import Manifest, check, is_sealed, writing
+from packager.checkpoint.hub_name import is_commit
 from packager.checkpoint.source import Checkpoint
 from packager.errors import BadInput, UsageProblem
 from packager.recipe import SourceSpec
@@ -145,7 +146,7 @@ def locate(spec: SourceSpec) -> Path:
     """The directory of a recipe's source checkpoint; a hub repository is downloaded to the hub cache.
 
     Raises:
-        BadInput: no such directory; a hub repository without a pinned revision.
+        BadInput: no such directory; a hub repository whose revision is not a whole commit.
     """
     if spec.path is not None:
         path = packaged_checkpoint(spec.path) or Path(spec.path).expanduser()
@@ -155,10 +156,11 @@ def locate(spec: SourceSpec) -> Path:
             )
         return path
     assert spec.repo is not None
-    if spec.revision is None:
+    if spec.revision is None or not is_commit(spec.revision):
         raise BadInput(
             f"the recipe does not pin a revision of {spec.repo}",
-            "Fill source.revision with a commit, so that the release names the bytes it was made from.",
+            "Fill source.revision with a commit (40 hexadecimal digits; branches and tags move), so that the "
+            "release names the bytes it was made from.",
         )
     from huggingface_hub import snapshot_download
 

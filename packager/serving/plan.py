@@ -16,9 +16,9 @@ from typing import Literal
 
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import QUANTIZABLE, Role, count_parameters, expected_tensors
-from packager.checkpoint.header import read_header
+from packager.checkpoint.folder import Folder, LocalFolder
 from packager.checkpoint.source import read_json_object
-from packager.errors import UsageProblem
+from packager.errors import BadInput, UsageProblem
 from packager.serving.hardware import GB, Hardware, hardware_file
 
 Precision = Literal["fp8", "bf16"]
@@ -84,8 +84,8 @@ def model_bytes(
     config: BailingConfig,
     precision: Precision,
     *,
-    directory: Path | None = None,
-    draft: Path | None = None,
+    directory: Path | Folder | None = None,
+    draft: Path | Folder | None = None,
     draft_vocab: int | None = None,
 ) -> ModelBytes:
     """Bytes of a model: from its shard headers where `directory` holds it in that precision, else computed.
@@ -126,12 +126,15 @@ def model_bytes(
     )
 
 
-def _weight_bytes(directory: Path) -> int | None:
-    """Data bytes of all shards in a directory; None if it has none."""
-    shards = sorted(directory.glob("*.safetensors"))
-    if not shards:
-        return None
-    return sum(info.nbytes for shard in shards for info in read_header(shard).tensors.values())
+def _weight_bytes(where: Path | Folder) -> int | None:
+    """Data bytes of all shards in a folder; None if it has none."""
+    folder = LocalFolder(where) if isinstance(where, Path) else where
+    total = 0
+    for header in folder.headers(name for name in folder.sizes() if name.endswith(".safetensors")).values():
+        if isinstance(header, BadInput):
+            raise header
+        total += header.size - header.data_start
+    return total or None
 
 
 def _draft_bytes(config: BailingConfig, vocab: int) -> int:

@@ -1,0 +1,138 @@
+"""What the hub client raises, in our words: faults that may pass, and failures; and how long to wait."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from packager.errors import RemoteFailure, UsageProblem
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+ATTEMPTS = 6
+"""How often the same bytes are asked for while nothing comes."""
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 60.0
+LONGEST_ASKED_WAIT_S = 600.0
+"""How long a hub may ask us to wait (Retry-After)."""
+_ENOUGH = 1 << 16
+"""Bytes after which an attempt counts as one that got on."""
+_AGAIN = "Check the network, then run the same command again."
+_log = logging.getLogger(__name__)
+
+
+class PassingFault(RemoteFailure):
+    """A fault that may be gone at the next attempt."""
+
+    def __init__(self, message: str, *, asked_wait_s: float = 0.0) -> None:
+        super().__init__(message, _AGAIN)
+        self.asked_wait_s = asked_wait_s
+        """Seconds that the hub asks to wait."""
+
+
+class Patience:
+    """Counts the faults in a row and waits after each, longer every time and never as long as others."""
+
+    def __init__(self) -> None:
+        self._faults = self._got = 0
+
+    def progress(self, count: int) -> None:
+        """Bytes came: after enough of them the count begins anew."""
+        self._got += count
+        if self._got >= _ENOUGH:
+            self._faults = self._got = 0
+
+    def wait(self, fault: PassingFault) -> None:
+        """Sleep before the next attempt. Raises RemoteFailure: there have been enough."""
+        self._faults += 1
+        if self._faults >= ATTEMPTS:
+            raise RemoteFailure(f"{fault.message} ({self._faults} attempts)", fault.remedy) from None
+        # Many readers fail at once; the random part keeps them from coming back at once.
+        own = min(FIRST_WAIT_S * 2 ** (self._faults - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+        seconds = max(own, min(fault.asked_wait_s, LONGEST_ASKED_WAIT_S))
+        _log.info("%s; trying again in %.1f s", fault.message, seconds)
+        time.sleep(seconds)
+
+
+@contextmanager
+def hub_faults(repo: str, endpoint: str) -> Iterator[None]:
+    """Turn what the hub client raises into PassingFault, RemoteFailure or UsageProblem."""
+    import httpx
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise UsageProblem("the hub client is switched off by HF_HUB_OFFLINE", "Unset it.") from None
+    except HFValidationError as err:
+        raise UsageProblem(str(err), "Write hf://organisation/name@revision.") from None
+    except GatedRepoError:
+        raise RemoteFailure(
+            f"{repo} is gated: {endpoint} gives it to those who accepted its conditions",
+            f"Accept them at {endpoint}/{repo}, then run `hf auth login` or set HF_TOKEN.",
+        ) from None
+    except RepositoryNotFoundError as err:
+        raise RemoteFailure(
+            f"{endpoint} answered {err.response.status_code}: no repository {repo}, or a private one",
+            "Check the name; for a private one run `hf auth login` or set HF_TOKEN.",
+        ) from None
+    except HfHubHTTPError as err:
+        raise _of_status(err, repo, endpoint) from None
+    except httpx.UnsupportedProtocol as err:
+        raise UsageProblem(f"{endpoint} is no address of a hub: {err}", "Correct HF_ENDPOINT.") from None
+    except httpx.InvalidURL as err:
+        raise UsageProblem(f"{endpoint} is no address of a hub: {err}", "Correct HF_ENDPOINT.") from None
+    except httpx.ConnectError as err:
+        raise PassingFault(f"no hub can be reached at {endpoint}: {err}") from None
+    except (httpx.TransportError, ConnectionError, TimeoutError) as err:
+        raise PassingFault(f"the connection to {endpoint} broke: {err or type(err).__name__}") from None
+    except httpx.HTTPError as err:
+        raise RemoteFailure(f"{endpoint} cannot be read from: {err}", _AGAIN) from None
+    except RuntimeError as err:
+        if "closed" not in str(err):
+            raise
+        # The client's session is shared; it closes it when a connection cannot be made elsewhere.
+        raise PassingFault(f"the connection to {endpoint} was closed: {err}") from None
+    except (json.JSONDecodeError, KeyError) as err:
+        # An answer of the API that was cut short does not parse.
+        raise PassingFault(f"{endpoint} sent an answer that makes no sense: {err}") from None
+
+
+def _of_status(err: HfHubHTTPError, repo: str, endpoint: str) -> RemoteFailure:
+    status = err.response.status_code if err.response is not None else 0
+    reason = (err.server_message or str(err)).strip().splitlines()[0]
+    message = f"{endpoint} answered {status} for {repo}: {reason}"
+    if status in (408, 425, 429) or status >= 500:
+        return PassingFault(message, asked_wait_s=asked_wait_s(err.response.headers))
+    if status in (401, 403):
+        return RemoteFailure(message, "Run `hf auth login`, or set HF_TOKEN to a token that may read it.")
+    return RemoteFailure(message, "Check the name and the revision.")
+
+
+def asked_wait_s(headers: Mapping[str, str]) -> float:
+    """Seconds an answer asks to wait: `Retry-After` (a number or a date) or `RateLimit: …;r=0;t=SECONDS`."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    stated = headers.get("Retry-After", "").strip()
+    if stated.isascii() and stated.isdigit():
+        return float(stated)
+    if stated:
+        try:
+            return max(0.0, parsedate_to_datetime(stated).timestamp() - time.time())
+        except ValueError:
+            return 0.0
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else 0.0
