@@ -1,9 +1,12 @@
-"""How fast weights become block FP8, as ratios to `cp` and `cp` + `sha256sum` in one run.
+"""How fast weights become block FP8, as ratios to peers and physical limits taken in the same run.
 
-    python benchmarks/quantize.py [--gigabytes 1.0] [--folder DIR]
+    python benchmarks/quantize.py [--gigabytes 3.0] [--folder DIR] [--llmcompressor]
 
-The checkpoint has expert matrices of the true shapes (1024 x 4096, 4096 x 1024), made from a seed. Each
-figure is the best of three; throughput is bytes of BF16 source a second.
+The checkpoint has expert matrices of the true shapes (1024 x 4096 and 4096 x 1024), made from a seed, in one
+file. Throughput is bytes of BF16 source a second; source and output are hashed, the ledger is kept.
+"Steady" leaves out the start of the process: imports, and the loading of the compiled kernel. The peers are
+`cp` of the source followed by `sha256sum` of the copy, and, with --llmcompressor, `model_free_ptq` of
+llm-compressor with the scheme FP8_BLOCK (minutes). The full run is --gigabytes 12.
 """
 
 from __future__ import annotations
@@ -12,24 +15,57 @@ import argparse
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import Role, expected_tensors
-from packager.quantize import quantize
-from packager.recipe import QuantizeSpec
+from packager.checkpoint.header import build_header
 
 EXPERT_BYTES = 3 * 1024 * 4096 * 2
 
+OURS = """
+import json, resource, sys, time
+began = time.monotonic()
+from pathlib import Path
+from packager.quantize import quantize
+from packager.quantize.stream import Stream
+from packager.recipe import QuantizeSpec
+
+real, moments = Stream.run, {}
+def timed(self, workers, memory, progress):
+    moments["ready"] = time.monotonic()
+    real(self, workers, memory, progress)
+Stream.run = timed
+lines = []
+quantize(Path(sys.argv[1]), Path(sys.argv[2]), QuantizeSpec(), recipe_digest="sha256:bench",
+         progress=lines.append, workers=int(sys.argv[3]), kernel=sys.argv[4])
+ended = time.monotonic()
+print(json.dumps({
+    "start": moments["ready"] - began, "steady": ended - moments["ready"],
+    "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "kernel": [line for line in lines if line.startswith("kernel: ")][0].removeprefix("kernel: "),
+}))
+"""
+
+THEIRS = """
+import json, resource, sys, time
+from llmcompressor import model_free_ptq
+began = time.monotonic()
+model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="FP8_BLOCK",
+               ignore=["lm_head", "re:.*word_embeddings$", "re:.*gate$"], max_workers=2, device="cpu")
+print(json.dumps({"steady": time.monotonic() - began,
+                  "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Write a one-MoE-layer checkpoint of about that size; bytes of its tensors."""
+    """Write a one-MoE-layer checkpoint of about that size, tensor by tensor; bytes of its tensors."""
     experts = max(8, round(gigabytes * 1e9 / EXPERT_BYTES / 8) * 8)
     config = {
         "architectures": ["BailingMoeV2ForCausalLM"],
@@ -53,58 +89,95 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(4096 * 1024, generator=generator).mul_(0.02).to(torch.bfloat16)
-    tensors: dict[str, torch.Tensor] = {}
-    for want in expected_tensors(BailingConfig.load(folder)):
-        if want.role is Role.EXPERT_BIAS:
-            tensors[want.name] = torch.zeros(want.shape)
-        else:
-            repeats = -(-want.count // block.numel())
-            tensors[want.name] = block.repeat(repeats)[: want.count].reshape(want.shape).clone()
-    save_file(tensors, folder / "model.safetensors")
-    return sum(tensor.nbytes for tensor in tensors.values())
+    block = torch.randn(4096 * 5120, generator=generator).mul_(0.02).to(torch.bfloat16)
+    layout = expected_tensors(BailingConfig.load(folder))
+    total = 0
+    with (folder / "model.safetensors").open("wb") as handle:
+        dtypes = ["F32" if want.role is Role.EXPERT_BIAS else "BF16" for want in layout]
+        handle.write(build_header((w.name, d, w.shape) for w, d in zip(layout, dtypes, strict=True)))
+        for want in layout:
+            if want.role is Role.EXPERT_BIAS:
+                data = bytes(4 * want.count)
+            else:
+                data = block[: want.count].view(torch.uint8).numpy().tobytes()
+            total += handle.write(data)
+    return total
 
 
-def best_of(repeats: int, action: Callable[[], None], clean: Callable[[], None]) -> float:
-    """Seconds of the fastest run; `clean` removes what a run leaves."""
-    times = []
-    for _ in range(repeats):
-        clean()
-        began = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - began)
-    clean()
-    return min(times)
+def command(*arguments: str | Path) -> float:
+    """Seconds of a command."""
+    began = time.perf_counter()
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def script(text: str, *arguments: str | Path) -> dict[str, Any]:
+    """The last line of a Python process's output, with the seconds of the whole process as `whole`."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", text, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {**found, "whole": time.perf_counter() - began}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: the system's")
+    parser.add_argument("--repeats", type=int, default=2, help="each figure is the best of so many")
+    parser.add_argument("--kernel", choices=["auto", "compiled", "eager"], default="compiled")
+    parser.add_argument("--llmcompressor", action="store_true", help="measure model_free_ptq as well (slow)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         root = Path(name)
         source, out, copy = root / "source", root / "fp8", root / "copy.safetensors"
         size = make_checkpoint(source, options.gigabytes)
+        model = source / "model.safetensors"
 
-        def convert() -> None:
-            quantize(source, out, QuantizeSpec(), recipe_digest="sha256:bench", progress=lambda _: None)
+        def ours(workers: int) -> dict[str, Any]:
+            shutil.rmtree(out, ignore_errors=True)
+            return script(OURS, source, out, str(workers), options.kernel)
 
-        def copying() -> None:
-            subprocess.run(["cp", source / "model.safetensors", copy], check=True)
+        first = ours(2)  # compiles where nothing is in the cache yet
+        runs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+        peers: list[tuple[float, float]] = []
+        for _ in range(options.repeats):  # in turn, so that all see the machine in the same state
+            copied = command("cp", model, copy)
+            peers.append((copied, copied + command("sha256sum", copy)))
+            copy.unlink()
+            for workers, found in runs.items():
+                found.append(ours(workers))
+        shutil.rmtree(out, ignore_errors=True)
+        theirs = script(THEIRS, source, root / "theirs") if options.llmcompressor else None
 
-        def copying_and_hashing() -> None:
-            copying()
-            subprocess.run(["sha256sum", copy], check=True, stdout=subprocess.DEVNULL)
+    one, two = (min(found, key=lambda run: float(run["steady"])) for found in (runs[1], runs[2]))
+    plain, hashed = (min(times) for times in zip(*peers, strict=True))
 
-        plain = best_of(3, copying, lambda: copy.unlink(missing_ok=True))
-        hashed = best_of(3, copying_and_hashing, lambda: copy.unlink(missing_ok=True))
-        ours = best_of(3, convert, lambda: shutil.rmtree(out, ignore_errors=True))
-    rate = size / ours / 1e9
-    print(f"source                     {size / 1e9:8.2f} GB of BF16, true expert shapes")
-    print(f"quantize (digest, convert) {ours:8.2f} s  {rate:6.2f} GB/s")
-    print(f"cp                         {plain:8.2f} s  ratio of throughput {plain / ours:.3f}")
-    print(f"cp + sha256sum             {hashed:8.2f} s  ratio of throughput {hashed / ours:.3f}")
+    def row(what: str, seconds: float, note: str = "") -> None:
+        print(f"{what:<34}{seconds:8.2f} s {size / seconds / 1e9:7.2f} GB/s  {note}")
+
+    print(f"{'source':<34}{size / 1e9:8.2f} GB of BF16 in one file, true expert shapes")
+    print(f"{'kernel':<34}{two['kernel']:>8}")
+    print(f"{'start of the process':<34}{two['start']:8.2f} s  ({first['start']:.2f} s the first time)")
+    row("quantize, 2 workers, steady", two["steady"])
+    row(
+        "quantize, 1 worker, steady",
+        one["steady"],
+        f"2 workers against 1: {one['steady'] / two['steady']:.2f}x",
+    )
+    row("quantize, 2 workers, whole process", two["whole"], f"peak RSS {two['rss'] / 1e9:.2f} GB")
+    row("cp", plain, f"ours / this: {plain / two['steady']:.2f}")
+    row("cp + sha256sum", hashed, f"ours / this: {hashed / two['steady']:.2f}   (goal 0.8)")
+    if theirs:
+        ratio = theirs["steady"] / two["steady"]
+        row("llm-compressor FP8_BLOCK", theirs["steady"], f"ours / this: {ratio:.1f}   (goal 10)")
+        ratio = theirs["whole"] / two["whole"]
+        row(
+            "  whole process",
+            theirs["whole"],
+            f"ours / this: {ratio:.1f}   peak RSS {theirs['rss'] / 1e9:.2f} GB",
+        )
 
 
 if __name__ == "__main__":

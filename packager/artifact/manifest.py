@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -160,13 +160,16 @@ def sealed_for(path: Path, *, stage: str, recipe_digest: str, inputs: dict[str, 
     return check(path, deep=False)
 
 
-def check(path: Path, *, deep: bool = True, ignore: Iterable[str] = ()) -> Manifest:
+def check(
+    path: Path, *, deep: bool = True, ignore: Iterable[str] = (), hashed: Mapping[str, str] | None = None
+) -> Manifest:
     """Compare a sealed artifact with its manifest.
 
     Args:
         path: the artifact.
         deep: hash every file again; False: compare sizes only.
         ignore: glob patterns of files that may lie beside it (what a hub client leaves behind).
+        hashed: SHA-256 (bare hexadecimal) of files that the caller has just read anyway.
 
     Raises:
         BadInput: not a sealed artifact.
@@ -175,6 +178,7 @@ def check(path: Path, *, deep: bool = True, ignore: Iterable[str] = ()) -> Manif
     path = Path(path)
     manifest = read_manifest(path)
     patterns = tuple(ignore)
+    known_hashes = hashed or {}
     problems: list[str] = []
     for entry in manifest.files:
         target = path / entry.path
@@ -182,7 +186,7 @@ def check(path: Path, *, deep: bool = True, ignore: Iterable[str] = ()) -> Manif
             problems.append(f"missing: {entry.path}")
         elif (size := target.stat().st_size) != entry.size:
             problems.append(f"changed: {entry.path} ({size} bytes, sealed with {entry.size})")
-        elif deep and file_sha256(target) != entry.sha256:
+        elif deep and (known_hashes.get(entry.path) or file_sha256(target)) != entry.sha256:
             problems.append(f"changed: {entry.path} (same size, other bytes)")
     known = {entry.path for entry in manifest.files} | {MANIFEST_NAME, JOURNAL_NAME}
     for rel in sorted(set(walk_files(path)) - known):

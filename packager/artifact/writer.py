@@ -165,6 +165,9 @@ class ArtifactWriter:
                     f"{self.path} is not empty and not an unfinished artifact (it holds {foreign[0]})",
                     "Choose an empty or new directory.",
                 )
+        self._begin_journal(kept)
+
+    def _begin_journal(self, kept: dict[str, tuple[FileEntry, int]]) -> None:
         # The journal's key reaches the disk, whole, before any file does.
         lines = [canonical_json(self._key())] + [_journal_line(*found) for found in kept.values()]
         part = self.path / (JOURNAL_NAME + PART_SUFFIX)
@@ -172,9 +175,23 @@ class ArtifactWriter:
             handle.write(b"\n".join(lines) + b"\n")
             handle.flush()
             os.fsync(handle.fileno())
-        part.replace(journal)
+        part.replace(self.path / JOURNAL_NAME)
         _fsync_directory(self.path)
         self._entries = {rel: entry for rel, (entry, _) in kept.items()}
+
+    def discard(self) -> None:
+        """Forget and remove all that was finished so far: an input has turned out to be another one.
+
+        A kill in the middle leaves nothing that a later run would keep without having made it itself.
+        """
+        if self._lock is None:
+            raise RuntimeError("the artifact is not open for writing")
+        with writing(self.path):
+            shutil.rmtree(self.path / SCRATCH_NAME, ignore_errors=True)
+            self._begin_journal({})
+            for rel in list(walk_files(self.path)):
+                if rel != JOURNAL_NAME:
+                    (self.path / rel).unlink()
 
     def _record(self, entry: FileEntry) -> FileEntry:
         target = self.path / entry.path
@@ -297,8 +314,30 @@ class ArtifactWriter:
             os.fsync(handle.fileno())
         return self._record(FileEntry(path=rel, size=target.stat().st_size, sha256=file_sha256(target)))
 
-    def seal(self, metrics: dict[str, Any], tools: dict[str, str] | None = None) -> Manifest:
+    def take(self, rel: str, finished: Path, sha256: str) -> FileEntry:
+        """Move a file in from `scratch`, complete, under its name.
+
+        `sha256` (bare hexadecimal) was taken as its bytes were written. The data reaches the disk before the
+        name does.
+        """
+        target = self._target(rel)
+        with writing(target):
+            with finished.open("rb") as handle:
+                os.fsync(handle.fileno())
+                size = os.fstat(handle.fileno()).st_size
+            finished.replace(target)
+        return self._record(FileEntry(path=rel, size=size, sha256=sha256))
+
+    def seal(
+        self,
+        metrics: dict[str, Any],
+        tools: dict[str, str] | None = None,
+        inputs: dict[str, str] | None = None,
+    ) -> Manifest:
         """Write the manifest; the artifact is finished.
+
+        `inputs` replaces what the journal was opened with, for a stage that knows the digests of its inputs
+        only once it has read them.
 
         Raises:
             IntegrityFailure: the directory holds files that nobody recorded.
@@ -317,7 +356,7 @@ class ArtifactWriter:
         manifest = Manifest(
             stage=self.stage,
             recipe_digest=self.recipe_digest,
-            inputs=self.inputs,
+            inputs=self.inputs if inputs is None else dict(inputs),
             tools={"packager": __version__, **(tools or {})},
             files=self.entries,
             metrics=json.loads(canonical_json(metrics)),

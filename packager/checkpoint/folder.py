@@ -66,11 +66,20 @@ class Folder(ABC):
         """SHA-256 of a file, bare hexadecimal. Raises as `OpenFile.fill`."""
 
     @abstractmethod
-    def manifest(self, *, deep: bool) -> Manifest | None:
+    def identity(self, name: str) -> str:
+        """What stays the same while a file's content does; asked for without reading it. Raises as `open`."""
+
+    @abstractmethod
+    def stated_sha256(self, name: str) -> str | None:
+        """The SHA-256 that the files' keeper states, known without reading; None where nobody states one."""
+
+    @abstractmethod
+    def manifest(self, *, deep: bool, hashed: Mapping[str, str] | None = None) -> Manifest | None:
         """The manifest if this is a sealed artifact that is as it was sealed, None if it is no artifact.
 
         Args:
             deep: compare the hash of every file; False: of every file but the weights.
+            hashed: SHA-256 (bare hexadecimal) of files that the caller has just read anyway.
 
         Raises:
             BadInput: a malformed manifest. IntegrityFailure: names each changed, missing or stray file.
@@ -178,10 +187,22 @@ class LocalFolder(Folder):
         self._look(name)
         return found
 
-    def manifest(self, *, deep: bool) -> Manifest | None:
+    def identity(self, name: str) -> str:
+        try:
+            status = (self.path / name).stat()
+        except OSError as err:
+            raise BadInput(f"cannot read {self.path / name}: {err.strerror}") from None
+        # The kernel sets ctime at each change: it cannot be put back as mtime can.
+        stamps = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino)
+        return "file:" + "-".join(map(str, stamps))
+
+    def stated_sha256(self, _name: str) -> str | None:
+        return None
+
+    def manifest(self, *, deep: bool, hashed: Mapping[str, str] | None = None) -> Manifest | None:
         if not is_sealed(self.path):
             return None
-        found = check(self.path, deep=deep)
+        found = check(self.path, deep=deep, hashed=hashed)
         if not deep:
             small = [entry for entry in found.files if not entry.path.endswith(".safetensors")]
             changed = [e.path for e in small if file_sha256(self.path / e.path) != e.sha256]

@@ -176,7 +176,14 @@ class HubFolder(Folder):
         with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
             return dict(zip(wanted, pool.map(self._header, wanted), strict=True))
 
-    def manifest(self, *, deep: bool) -> Manifest | None:
+    def identity(self, name: str) -> str:
+        file = self.listed(self._path(name))
+        return f"{'sha256' if file.sha256 else 'git'}:{file.etag}"
+
+    def stated_sha256(self, name: str) -> str | None:
+        return self.listed(self._path(name)).sha256
+
+    def manifest(self, *, deep: bool, hashed: Mapping[str, str] | None = None) -> Manifest | None:
         if MANIFEST_NAME not in self.sizes():
             return None
         manifest = parse_manifest(self.read(MANIFEST_NAME), self.where(MANIFEST_NAME))
@@ -187,7 +194,7 @@ class HubFolder(Folder):
                 problems.append(f"missing: {entry.path}")
             elif file.size != entry.size or (
                 (file.sha256 or not entry.path.endswith(".safetensors") or deep)
-                and self.sha256(entry.path) != entry.sha256
+                and ((hashed or {}).get(entry.path) or self.sha256(entry.path)) != entry.sha256
             ):
                 problems.append(f"changed: {entry.path}")
         known = {self._path(entry.path) for entry in manifest.files} | {self._path(MANIFEST_NAME)}

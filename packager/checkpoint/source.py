@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -211,23 +211,25 @@ class Checkpoint:
             if name.endswith(SIDE_SUFFIXES) and name not in _NOT_SIDE and not name.startswith(".")
         ]
 
-    def digest(self) -> str:
+    def digest(self, hashed: Mapping[str, str] | None = None) -> str:
         """Identity of the checkpoint: of the manifest where it is a sealed artifact, else of all its bytes.
 
-        The same files give the same digest wherever they lie. In a directory every byte is read. Of a hub
-        repository only small files are: the hub states the SHA-256 of each weight file, and what is read
-        later is held against it.
+        The same files give the same digest wherever they lie. In a directory every byte is read, except of
+        the files whose SHA-256 (file name -> bare hexadecimal) the caller gives as `hashed` because it has
+        read them anyway. Of a hub repository only small files are: the hub states the SHA-256 of each weight
+        file, and what is read later is held against it.
 
         Raises:
             IntegrityFailure: a sealed artifact was altered, or the hub gave other bytes than it announced.
             BadInput: a file vanished or has changed since the checkpoint was opened.
             RemoteFailure: the hub does not give a file.
         """
-        if manifest := self.folder.manifest(deep=True):
+        known = hashed or {}
+        if manifest := self.folder.manifest(deep=True, hashed=known):
             return manifest.digest
         side = [file.name for file in self.side_files()]
         files = ({CONFIG_NAME, INDEX_NAME} & self.folder.sizes().keys()) | {*self.shards, *side}
-        return combined_digest({name: self.folder.sha256(name) for name in sorted(files)})
+        return combined_digest({name: known.get(name) or self.folder.sha256(name) for name in sorted(files)})
 
     def reader(self) -> TensorReader:
         """A reader of tensor data; use it in a `with` block."""

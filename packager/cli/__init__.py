@@ -23,7 +23,7 @@ VERBS: dict[str, str] = {
     "inspect": "What this checkpoint is, and what is wrong with it.",
     "plan": "Will it fit; a bound on speed; the exact serve command.",
     "release": "Run a recipe: every stage in order, skipping what is done.",
-    "quantize": "Weights to block FP8, shard by shard.",
+    "quantize": "Weights to block FP8, at the speed of the disk, in little memory.",
     "relabel": "The same FP8 bytes under the other naming.",
     "diff": "Compare two checkpoints tensor by tensor.",
     "extend-context": "A longer context through YaRN.",

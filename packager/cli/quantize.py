@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from packager.quantize.fidelity import DEFAULT_MIN_SNR_DB
+from packager.quantize.kernel import Choice
 from packager.recipe import QuantizeSpec
 
 if TYPE_CHECKING:
     from packager.quantize.dry_run import DryRun
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _bytes(_context: click.Context, _parameter: click.Parameter, value: str) -> int:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", value)
+    if found is None or found[2] not in _UNITS:
+        raise click.BadParameter(f"{value!r} is no size such as 1500MB, 1.5GB or 1GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @click.command(name="quantize")
@@ -41,6 +52,33 @@ if TYPE_CHECKING:
     help="Largest data section of an output shard.",
 )
 @click.option("--dry-run", "only_plan", is_flag=True, help="Print what would be done, from headers alone.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Threads. Default: one for each processor. The output does not depend on it.",
+)
+@click.option(
+    "--max-memory",
+    callback=_bytes,
+    default="1.5GB",
+    show_default=True,
+    help="Resident memory to stay within: 1500MB, 1.5GB, 1GiB or a number of bytes.",
+)
+@click.option(
+    "--kernel",
+    type=click.Choice(["auto", "compiled", "eager"]),
+    default="auto",
+    show_default=True,
+    help="auto: the compiled kernel where the checkpoint is large enough to pay for its start-up.",
+)
+@click.option(
+    "--min-snr-db",
+    type=float,
+    default=DEFAULT_MIN_SNR_DB,
+    show_default=True,
+    help="The gate: a weight with a lower signal-to-noise ratio ends in exit code 4.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
     source: str,
@@ -50,14 +88,18 @@ def command(
     scale_rounding: Literal["power-of-two", "float32"],
     shard_bytes: int,
     only_plan: bool,
+    workers: int | None,
+    max_memory: int,
+    kernel: Choice,
+    min_snr_db: float,
     as_json: bool,
 ) -> None:
     """Write the BF16 checkpoint SOURCE as 128x128 block FP8 into the new folder OUT.
 
     SOURCE is a folder or hf://org/name@revision, which is read by byte ranges: nothing but OUT is stored.
-
-    Works shard by shard in little memory. Interrupted at any moment, the same command goes on with the first
-    unfinished shard and ends in the same bytes.
+    Memory stays the same whatever the size of the shards. Interrupted at any moment, the same command goes on
+    with the first unfinished tensor and ends in the same bytes. OUT/fidelity.jsonl has the figures of each
+    quantized weight.
     """
     from packager.errors import UsageProblem
     from packager.quantize import dry_run, quantize
@@ -77,6 +119,10 @@ def command(
         spec,
         recipe_digest=spec.digest,
         progress=lambda line: click.echo(line, err=True),
+        workers=workers,
+        max_memory=max_memory,
+        kernel=kernel,
+        min_snr_db=min_snr_db,
     )
     if as_json:
         click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))

@@ -1,15 +1,16 @@
-"""BF16 to block FP8, one output shard at a time, in memory bounded by one slab of rows."""
+"""BF16 to FP8: headers alone say what goes where; the stream does it; the manifest seals it."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from packager.artifact import ArtifactWriter, Manifest, sealed_for
+from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import (
     QUANTIZABLE,
@@ -20,23 +21,25 @@ from packager.bailing.layout import (
     require_layout,
 )
 from packager.checkpoint.header import TensorInfo, readable_bytes
-from packager.checkpoint.source import CONFIG_NAME, Checkpoint, TensorReader
-from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, plan_shards, write_index
-from packager.errors import BadInput
+from packager.checkpoint.source import CONFIG_NAME, Checkpoint
+from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, write_index
+from packager.errors import BadInput, UsageProblem
 from packager.quantize import fidelity
-from packager.quantize.dialects import BLOCK, Quantization, quantization_config, scale_shape
+from packager.quantize.dialects import Quantization, quantization_config, scale_shape
 from packager.quantize.dry_run import DryRun, plan_dry_run
-from packager.quantize.fidelity import TensorFidelity
+from packager.quantize.fidelity import DEFAULT_MIN_SNR_DB, LEDGER_NAME, LedgerEntry
+from packager.quantize.journal import TensorJournal
+from packager.quantize.kernel import Choice, Kernel, choose_kernel
+from packager.quantize.output import OutputShards
+from packager.quantize.source_files import outline
+from packager.quantize.stream import PIECE_BYTES, SourceChanged, Stream, TensorWork, torch_dtype
 from packager.recipe import QuantizeSpec
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 STAGE = "quantize"
-_SLAB_ELEMENTS = 1 << 20
-"""Elements quantized at once: FP32 temporaries of this size stay in a core's cache."""
 _TORCH_BYTES = 400_000_000
+DEFAULT_MAX_MEMORY = 1_500_000_000
+_KERNEL_MEMORY = 50_000_000
+"""Bytes of temporaries of a worker whose kernel runs op by op."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class _Job:
     config: BailingConfig
     layout: dict[str, Expected]
     spec: QuantizeSpec
+    works: dict[str, TensorWork]
     shards: list[ShardPlan]
     dropped: list[Expected]
     """Multi-token prediction tensors: vLLM has no class for this architecture's and cannot load them."""
@@ -60,54 +64,157 @@ def quantize(
     *,
     recipe_digest: str,
     progress: Callable[[str], None],
+    workers: int | None = None,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    kernel: Choice = "auto",
+    min_snr_db: float | None = DEFAULT_MIN_SNR_DB,
 ) -> Manifest:
     """Write `source` (BF16, safetensors) as 128x128 block FP8 into the sealed artifact `out`.
 
-    Embeddings, output head, norms, router, `expert_bias` and biases keep their bytes. Killed at any moment
-    and called again, it goes on with the first unfinished shard and ends in the same bytes and the same
-    digest; called on a finished `out` of the same source and settings, it returns its manifest.
+    Embeddings, output head, norms, router, `expert_bias` and biases keep their bytes. Every byte of the
+    source is read once: it is hashed as it is converted. Killed at any moment and called again, it goes on
+    with the first unfinished tensor and ends in the same bytes and the same digest; called on a finished
+    `out` of the same source and settings, it returns its manifest. `fidelity.jsonl` in `out` has the figures
+    of each quantized weight, in the order of the source.
 
     Args:
         source: checkpoint directory, or `hf://org/name@revision`, read by byte ranges.
         out: new, unfinished, or already finished artifact.
         spec: dialect, rounding of scales, shard size.
         recipe_digest: what the manifest records as the settings' digest.
-        progress: called with one line a shard.
+        progress: called with a line a shard, and one every few seconds.
+        workers: threads; None: one for each processor that this process may use. The output is the same.
+        max_memory: bytes of resident memory that this process may take, interpreter and torch included.
+        kernel: `auto` uses the compiled one where the size of the source is worth its start-up.
+        min_snr_db: a weight with a lower signal-to-noise ratio fails the gate; None: no gate.
 
     Raises:
+        UsageProblem: `max_memory` is too little to work in.
         BadInput: not a BailingMoeV2 checkpoint, tensors that do not fit the config, already quantized, NaN or
             infinity in a weight (named, with its position), no room, or a target that cannot be written.
+        GateFailed: weights below `min_snr_db`; `out` stays unfinished, with its ledger.
         IntegrityFailure: `source` is a sealed artifact that was altered; a hub gave other bytes.
-        UsageProblem: a malformed hub name. RemoteFailure: the hub does not give the bytes.
+        RemoteFailure: the hub does not give the bytes.
     """
     job = _plan(source, spec)
-    if job.checkpoint.folder.path is None:
-        progress(f"reading {job.checkpoint.name}")
-    else:
+    if is_sealed(out):
         progress(f"reading {readable_bytes(job.checkpoint.nbytes)} of source for its digest")
-    inputs = {"source": job.checkpoint.digest()}
-    if found := sealed_for(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs):
-        progress(f"{out} is finished already")
-        return found
+        inputs = {"source": job.checkpoint.digest()}
+        if found := sealed_for(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs):
+            progress(f"{out} is finished already")
+            return found
     if job.dropped:
         progress(f"leaving out {len(job.dropped)} tensors of multi-token prediction layers")
-    with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs) as writer:
-        ledger = _write_shards(job, writer, progress)
+    # The digest of the source is known once it has been read: until then its outline and the tensor journal
+    # stand for it.
+    key = {"source": outline(job.checkpoint)}
+    with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=key) as writer:
+        settings = _Settings(workers or len(os.sched_getaffinity(0)), max_memory, kernel)
+        try:
+            entries, hashed = _convert(job, writer, settings, progress)
+        except SourceChanged as change:
+            progress(f"the source has changed since the last run ({change}): starting again")
+            writer.discard()
+            entries, hashed = _convert(job, writer, settings, progress)
+        inputs = {"source": job.checkpoint.digest(hashed)}
+        writer.write_bytes(LEDGER_NAME, fidelity.ledger_jsonl(entries))
+        if min_snr_db is not None:
+            fidelity.require_snr(entries, min_snr_db)
         for side in job.checkpoint.side_files():
             if writer.done(side.name) is None:
                 writer.write_bytes(side.name, side.read_bytes())
         write_index(writer, job.shards)
         writer.write_json(CONFIG_NAME, _output_config(job))
-        return writer.seal(_metrics(job, ledger), tools=_tools())
+        return writer.seal(_metrics(job, entries), tools=_tools(), inputs=inputs)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How, not what: nothing of it shows in the output."""
+
+    workers: int
+    max_memory: int
+    kernel: Choice
+
+
+def _convert(
+    job: _Job, writer: ArtifactWriter, settings: _Settings, progress: Callable[[str], None]
+) -> tuple[list[LedgerEntry], Mapping[str, str]]:
+    """Write all shards. Returns the ledger in the order of the source, and SHA-256 of each source file."""
+    with TensorJournal(writer.scratch, _plan_digest(job)) as journal:
+        weights = {name for name, work in job.works.items() if work.weight}
+        outputs = OutputShards(job.shards, weights, writer, journal)
+        try:
+            for name in outputs.named:
+                progress(f"{name}: kept from an earlier run")
+            if partly := len(outputs.kept) - _tensors_in(job.shards, outputs.named, weights):
+                progress(f"{partly} tensors of unfinished shards: kept from an earlier run")
+            require_space(writer.path, outputs.remaining_bytes)
+            kernel = _kernel(job, outputs, settings, progress)
+            memory = _memory_for_pieces(settings)
+            stream = Stream(job.checkpoint, job.works, outputs, journal, kernel)
+            stream.run(settings.workers, memory, progress)
+        finally:
+            outputs.close()
+        done = journal.tensors
+        entries = [entry for name in job.works if name in done and (entry := done[name].entry) is not None]
+        return entries, stream.hashed
+
+
+def _tensors_in(plans: list[ShardPlan], names: list[str], weights: set[str]) -> int:
+    chosen = [plan for plan in plans if plan.name in names]
+    return sum(spec.name in weights for plan in chosen for spec in plan.tensors)
+
+
+def _plan_digest(job: _Job) -> str:
+    """Identity of the output's layout and of the arithmetic, for the tensor journal."""
+    total = hashlib.sha256(job.spec.digest.encode())
+    for plan in job.shards:
+        total.update(plan.name.encode() + plan.header)
+    return total.hexdigest()
+
+
+def _kernel(
+    job: _Job, outputs: OutputShards, settings: _Settings, progress: Callable[[str], None]
+) -> Kernel | None:
+    """The kernel for what is left to be quantized; None where nothing is."""
+    left = [w.info for name, w in job.works.items() if w.scale and name not in outputs.kept]
+    if not left:
+        return None
+    return choose_kernel(
+        settings.kernel,
+        job.spec.scale_rounding,
+        per_row=False,
+        dtypes={torch_dtype(info) for info in left},
+        nbytes=sum(info.nbytes for info in left),
+        progress=progress,
+    )
+
+
+def _memory_for_pieces(settings: _Settings) -> int:
+    """Bytes left for pieces on their way once interpreter, torch and the workers' temporaries have theirs."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    held = pages * os.sysconf("SC_PAGE_SIZE") + settings.workers * _KERNEL_MEMORY
+    left = settings.max_memory - held
+    if left < 4 * PIECE_BYTES:
+        raise UsageProblem(
+            f"{readable_bytes(settings.max_memory)} is too little memory for {settings.workers} workers",
+            f"Give --max-memory {readable_bytes(held + 8 * PIECE_BYTES)} or more, or fewer --workers.",
+        )
+    # The allocator keeps about as much again as is in use.
+    return min(left // 2, _useful_memory(settings.workers))
+
+
+def _useful_memory(workers: int) -> int:
+    """More bytes of pieces than the workers can be busy with, and wait for, are of no use."""
+    return (2 * workers + 2) * 2 * PIECE_BYTES
 
 
 def dry_run(source: str | Path, spec: QuantizeSpec) -> DryRun:
     """What `quantize` would do, from headers alone. Raises as `quantize` does before it reads data."""
     job = _plan(source, spec)
-    converted = {tensor.name for plan in job.shards for tensor in plan.tensors if tensor.dtype == "F8_E4M3"}
-    largest = max((job.checkpoint.tensors[name].nbytes for name in converted), default=0)
-    # The tensor in hand, its slab in FP32 several times over, a chunk of what is copied, and torch.
-    peak = largest + 6 * 4 * _SLAB_ELEMENTS + (1 << 26) + _TORCH_BYTES
+    workers = len(os.sched_getaffinity(0))
+    peak = min(DEFAULT_MAX_MEMORY, _TORCH_BYTES + workers * _KERNEL_MEMORY + 2 * _useful_memory(workers))
     return plan_dry_run(
         job.checkpoint.name, spec.scheme, job.checkpoint.tensors, job.layout, job.shards, peak
     )
@@ -127,73 +234,34 @@ def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
     require_layout(layout, checkpoint.tensors, str(source))
     by_name = {want.name: want for want in layout}
     quantization = Quantization(spec.dialect, ())
-    groups = [
-        _output_group(info, by_name[name], quantization)
-        for name, info in checkpoint.tensors.items()
-        if not by_name[name].mtp
-    ]
+    works = {name: _work(info, by_name[name], quantization) for name, info in checkpoint.tensors.items()}
+    groups = [[spec for spec in (work.weight, work.scale) if spec] for work in works.values() if work.weight]
     return _Job(
         checkpoint=checkpoint,
         raw_config=raw,
         config=config,
         layout=by_name,
         spec=spec,
+        works=works,
         shards=plan_shards(groups, spec.shard_bytes),
         dropped=[want for want in layout if want.mtp],
     )
 
 
-def _output_group(info: TensorInfo, want: Expected, quantization: Quantization) -> list[TensorSpec]:
+def _work(info: TensorInfo, want: Expected, quantization: Quantization) -> TensorWork:
+    if want.mtp:
+        return TensorWork(info, str(want.role), None, None)
     if want.role not in QUANTIZABLE:
-        return [TensorSpec(info.name, info.dtype, info.shape)]
+        return TensorWork(info, str(want.role), TensorSpec(info.name, info.dtype, info.shape), None)
     if info.count % 8:
         # Engines map the file into memory: after an odd number of FP8 bytes nothing else would be aligned.
         raise BadInput(f"{info.name} {list(info.shape)}: block FP8 needs a multiple of 8 elements")
-    return [
+    return TensorWork(
+        info,
+        str(want.role),
         TensorSpec(info.name, "F8_E4M3", info.shape),
         TensorSpec(quantization.scale_of(info.name), "F32", scale_shape(info.shape)),
-    ]
-
-
-def _write_shards(job: _Job, writer: ArtifactWriter, progress: Callable[[str], None]) -> list[TensorFidelity]:
-    ledger: list[TensorFidelity] = []
-    pending: list[tuple[int, ShardPlan]] = []
-    for number, plan in enumerate(job.shards, start=1):
-        recorded = _recorded_fidelity(writer, plan)
-        if recorded is None:
-            pending.append((number, plan))
-        else:
-            ledger.extend(recorded)
-            progress(f"shard {number}/{len(job.shards)} {plan.name}: kept from an earlier run")
-    require_space(writer.path, sum(spec.nbytes for _, plan in pending for spec in plan.tensors))
-    with job.checkpoint.reader() as reader:
-        for number, plan in pending:
-            entries: list[TensorFidelity] = []
-            with writer.create(plan.name) as handle:
-                data = ShardData(plan, handle)
-                for spec in plan.tensors:
-                    info = job.checkpoint.tensors.get(spec.name)
-                    if info is None:
-                        continue  # a scale: written right after its weight
-                    if spec.dtype == "F8_E4M3":
-                        entries.append(_quantize_tensor(job, reader, info, data))
-                    else:
-                        _copy_tensor(reader, info, data)
-                data.finish()
-                # Before the shard gets its name: a finished shard always has its ledger.
-                (writer.scratch / f"{plan.name}.json").write_bytes(fidelity.dump(entries))
-            ledger.extend(entries)
-            progress(f"shard {number}/{len(job.shards)} {plan.name}: {readable_bytes(handle.size)}")
-    return ledger
-
-
-def _recorded_fidelity(writer: ArtifactWriter, plan: ShardPlan) -> list[TensorFidelity] | None:
-    """Ledger of a shard that an earlier run finished; None: the shard is to be written."""
-    if writer.done(plan.name) is None:
-        return None
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return fidelity.load((writer.scratch / f"{plan.name}.json").read_bytes())
-    return None
+    )
 
 
 def require_space(directory: Path, needed: int) -> None:
@@ -206,56 +274,6 @@ def require_space(directory: Path, needed: int) -> None:
         )
 
 
-def _quantize_tensor(job: _Job, reader: TensorReader, info: TensorInfo, data: ShardData) -> TensorFidelity:
-    import torch
-
-    from packager.quantize.fp8_block import quantize_slab
-
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[info.dtype]
-    weight = torch.from_numpy(reader.bytes(info)).view(dtype).view(info.shape)
-    step = max(_SLAB_ELEMENTS // info.shape[1] // BLOCK, 1) * BLOCK
-    scales: list[torch.Tensor] = []
-    signal = error = 0.0
-    for first in range(0, info.shape[0], step):
-        slab = quantize_slab(weight[first : first + step], job.spec.scale_rounding)
-        if slab is None:
-            _refuse_nonfinite(info, reader.bytes(info), 0)
-            raise RuntimeError(f"{info.name}: overflow in float32")
-        data.write(slab.codes.view(torch.uint8).numpy().data)
-        scales.append(slab.scales)
-        signal += slab.signal
-        error += slab.error
-    data.write(torch.cat(scales).numpy().data)
-    return TensorFidelity(info.name, str(job.layout[info.name].role), signal, error)
-
-
-def _copy_tensor(reader: TensorReader, info: TensorInfo, data: ShardData) -> None:
-    begin = 0
-    for chunk in reader.chunks(info):
-        _refuse_nonfinite(info, chunk, begin)
-        data.write(chunk.data)
-        begin += chunk.nbytes
-
-
-def _refuse_nonfinite(info: TensorInfo, chunk: NDArray[np.uint8], begin: int) -> None:
-    """Raise BadInput at the first NaN or infinity in `chunk`, which starts at byte `begin` of the tensor."""
-    import numpy as np
-
-    # All exponent bits set: the test is on bits, so it costs one pass and no conversion.
-    kind, exponent = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}[info.dtype]
-    bits = chunk.view(kind)
-    bad = (bits & exponent) == exponent
-    if not bad.any():
-        return
-    first = int(bad.argmax())
-    position = np.unravel_index(begin // bits.itemsize + first, info.shape)
-    what = "infinity" if int(bits[first]) & (exponent ^ (2 ** (8 * bits.itemsize - 1) - 1)) == 0 else "NaN"
-    raise BadInput(
-        f"{info.name}[{', '.join(str(int(axis)) for axis in position)}] is {what} (in {info.shard})",
-        "The source checkpoint is damaged: download that shard again.",
-    )
-
-
 def _output_config(job: _Job) -> dict[str, Any]:
     # Code is never shipped, so nothing may point to it.
     config = {key: value for key, value in job.raw_config.items() if key != "auto_map"}
@@ -266,7 +284,7 @@ def _output_config(job: _Job) -> dict[str, Any]:
     return config
 
 
-def _metrics(job: _Job, ledger: list[TensorFidelity]) -> dict[str, Any]:
+def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
     written = [spec for plan in job.shards for spec in plan.tensors]
     parameters = count_parameters(job.config)
     return {
@@ -286,6 +304,7 @@ def _metrics(job: _Job, ledger: list[TensorFidelity]) -> dict[str, Any]:
         },
         "bytes": {"source": job.checkpoint.nbytes, "written": sum(spec.nbytes for spec in written)},
         "fidelity": fidelity.by_role(ledger),
+        "fidelity_by_layer": fidelity.by_layer(ledger),
     }
 
 

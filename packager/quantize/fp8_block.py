@@ -1,22 +1,30 @@
-"""The arithmetic of 128x128 block FP8 (E4M3, largest value 448), on slabs of rows.
+"""The arithmetic of FP8 (E4M3, largest value 448) with one scale a block, on slabs of rows.
 
 A weight w becomes q = round(w / s), w' = q * s with one scale s a block: amax / 448, or the power of two next
 above it. With a power of two the division, the product and a later BF16 cast of w' are exact, and Hopper's
-DeepGEMM, which allows no other scales, keeps the bytes as they are.
+DeepGEMM, which allows no other scales, keeps the bytes as they are. A block is 128x128 weights, or one row.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from packager.quantize.dialects import BLOCK
+from packager.quantize.fidelity import Figures
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+
+Rounding = Literal["float32", "power-of-two"]
+Quantized = tuple["torch.Tensor", ...]
+"""Codes (float8_e4m3fn, shape of the input), and for each block, in float32: scale, largest |w|, sums of
+w**2, (w' - w)**2 and w * (w' - w), largest |w' - w|, number of clamped weights."""
 
 E4M3_MAX = 448.0
 _SMALLEST = 2.0**-126
@@ -30,56 +38,93 @@ class QuantizedSlab:
     codes: torch.Tensor
     """float8_e4m3fn [rows, columns]."""
     scales: torch.Tensor
-    """float32 [ceil(rows/128), ceil(columns/128)]."""
-    signal: float
-    """Sum of w**2."""
-    error: float
-    """Sum of (w - w')**2."""
+    """float32 [ceil(rows/128), ceil(columns/128)], or [rows, 1] with one scale a row."""
+    figures: Figures
 
 
-def block_scales(amax: torch.Tensor, rounding: Literal["float32", "power-of-two"]) -> torch.Tensor:
+def block_scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     """Scales (float32) for the largest absolute values of blocks; an all-zero block gets 1."""
     import torch
 
     scales = (amax / E4M3_MAX).clamp(min=_SMALLEST)
-    if rounding == "power-of-two":
-        mantissa, exponent = torch.frexp(scales)
-        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # already a power of two
-        scales = torch.ldexp(torch.ones_like(scales), exponent)
+    if power_of_two:
+        # The next power of two at or above: carry any set mantissa bit into the exponent, clear the mantissa.
+        scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return torch.where(amax == 0, torch.ones_like(scales), scales)
 
 
-def quantize_slab(rows: torch.Tensor, rounding: Literal["float32", "power-of-two"]) -> QuantizedSlab | None:
+def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
+    """Quantize [R, r, C, c] of any float dtype: R x C blocks of r rows and c columns. See `Quantized`.
+
+    The one definition of the arithmetic: run op by op, or fused by `torch.compile` into a single pass. Codes
+    and scales are the same bits either way; sums, each over one block only, may differ in the last ones.
+    """
+    import torch
+
+    wide = blocks.float()
+    amax = wide.abs().amax(dim=(1, 3))
+    scales = block_scales(amax, power_of_two)
+    spread = scales[:, None, :, None]
+    if power_of_two:
+        # A power of two at or above amax / 448: nothing lies beyond the largest code. Its reciprocal is
+        # exact, and a product costs a tenth of a division.
+        codes = (wide * (1.0 / spread)).to(torch.float8_e4m3fn)
+        clamped = torch.zeros_like(scales)
+    else:
+        # Values exceed 448 by the rounding of their scale only; E4M3 has no infinity to overflow to.
+        scaled = wide / spread
+        codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        clamped = (scaled.abs() > E4M3_MAX).float().sum(dim=(1, 3))
+    error = codes.float() * spread - wide
+    return (
+        codes,
+        scales,
+        amax,
+        (wide * wide).sum(dim=(1, 3)),
+        (error * error).sum(dim=(1, 3)),
+        (wide * error).sum(dim=(1, 3)),
+        error.abs().amax(dim=(1, 3)),
+        clamped,
+    )
+
+
+def quantize_slab(
+    rows: torch.Tensor,
+    rounding: Rounding,
+    *,
+    per_row: bool = False,
+    blocks_of: Callable[[torch.Tensor, bool], Quantized] = quantize_blocks,
+) -> QuantizedSlab | None:
     """Quantize rows [R, K] of any float dtype; R counts from a block's first row.
 
-    Returns None if a value is not finite.
+    Args:
+        rows: the weights.
+        rounding: of the scales.
+        per_row: one scale a row instead of one a 128x128 block.
+        blocks_of: `quantize_blocks` or a compiled form of it.
+
+    Returns:
+        None if a value is not finite.
     """
     import torch
 
     count, width = rows.shape
-    wide = rows.float()
-    pad = (-width % BLOCK, -count % BLOCK)
-    if any(pad):
-        wide = torch.nn.functional.pad(wide, (0, pad[0], 0, pad[1]))
-    blocks = wide.view(wide.shape[0] // BLOCK, BLOCK, wide.shape[1] // BLOCK, BLOCK)
-    amax = blocks.abs().amax(dim=(1, 3))
-    if not bool(torch.isfinite(amax).all()):
+    if per_row:
+        blocks = rows.view(count, 1, 1, width)
+    else:
+        pad = (-width % BLOCK, -count % BLOCK)
+        if any(pad):
+            rows = torch.nn.functional.pad(rows, (0, pad[0], 0, pad[1]))
+        blocks = rows.view(rows.shape[0] // BLOCK, BLOCK, rows.shape[1] // BLOCK, BLOCK)
+    codes, scales, amax, *sums = blocks_of(blocks, rounding == "power-of-two")
+    largest = amax.numpy()
+    if not math.isfinite(float(largest.max())):  # the maximum of anything and NaN is NaN
         return None
-    scales = block_scales(amax, rounding)
-    spread = scales[:, None, :, None]
-    # Scaled values exceed 448 only by rounding of a float32 scale; E4M3 has no infinity to overflow to.
-    codes = (blocks / spread).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    error = _sum_of_squares(codes.float().mul_(spread).sub_(blocks))
-    signal = _sum_of_squares(blocks)
-    codes = codes.view(wide.shape)[:count, :width].contiguous()
-    return QuantizedSlab(codes, scales, signal, error)
-
-
-def _sum_of_squares(blocks: torch.Tensor) -> float:
-    """Float32 along the 128 columns of a block, float64 from there on: fast, and exact to about 1e-7."""
-    import torch
-
-    return float(blocks.square().sum(dim=-1).sum(dtype=torch.float64))
+    figures = Figures.of_blocks(scales.numpy(), largest, *(part.numpy() for part in sums))
+    codes = codes.view(rows.shape)
+    if codes.shape != (count, width):
+        codes = codes[:count, :width].contiguous()
+    return QuantizedSlab(codes, scales, figures)
 
 
 @cache
