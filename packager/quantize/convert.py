@@ -10,21 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.artifact import ArtifactWriter, Manifest, sealed_for
-from packager.bailing.config import BailingConfig
-from packager.bailing.layout import (
-    QUANTIZABLE,
-    Expected,
-    count_parameters,
-    expected_tensors,
-    mtp_layers_in,
-    require_layout,
-)
 from packager.checkpoint.header import TensorInfo, readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, TensorReader
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, plan_shards, write_index
 from packager.errors import BadInput
+from packager.layouts import (
+    Decisions,
+    Do,
+    Expected,
+    Model,
+    PredictionLayers,
+    count_parameters,
+    decide,
+    recognise,
+)
 from packager.quantize import fidelity
-from packager.quantize.dialects import BLOCK, Quantization, quantization_config, scale_shape
+from packager.quantize.dialects import (
+    BLOCK,
+    Quantization,
+    quantization_config,
+    refuse_quantized,
+    scale_shape,
+)
 from packager.quantize.fidelity import TensorFidelity
 from packager.recipe import QuantizeSpec
 
@@ -43,12 +50,13 @@ class _Job:
 
     checkpoint: Checkpoint
     raw_config: dict[str, Any]
-    config: BailingConfig
+    config: Model
+    decisions: Decisions
     layout: dict[str, Expected]
     spec: QuantizeSpec
     shards: list[ShardPlan]
     dropped: list[Expected]
-    """Multi-token prediction tensors: vLLM has no class for this architecture's and cannot load them."""
+    """Prediction layers, unless the spec has them, and what its rules or the layout drop."""
 
 
 def quantize(
@@ -84,7 +92,9 @@ def quantize(
         progress(f"{out} is finished already")
         return found
     if job.dropped:
-        progress(f"leaving out {len(job.dropped)} tensors of multi-token prediction layers")
+        progress(f"leaving out {len(job.dropped)} tensors")
+    if (prediction := PredictionLayers.of(job.config, job.decisions)).found:
+        progress(str(prediction))
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs) as writer:
         ledger = _write_shards(job, writer, progress)
         for side in job.checkpoint.side_files():
@@ -98,35 +108,35 @@ def quantize(
 def _plan(source: Path, spec: QuantizeSpec) -> _Job:
     checkpoint = Checkpoint.open(source)
     raw = checkpoint.config()
-    config = BailingConfig.parse(raw, str(checkpoint.path / CONFIG_NAME))
-    if config.quantization_config:
-        method = config.quantization_config.get("quant_method")
-        raise BadInput(
-            f"{source} is quantized already ({method})",
-            "Give the BF16 checkpoint; `packager relabel` changes the dialect of an FP8 one.",
-        )
-    layout = expected_tensors(config, mtp_layers_in(config, checkpoint.tensors))
-    require_layout(layout, checkpoint.tensors, str(source))
-    by_name = {want.name: want for want in layout}
+    model = recognise(raw, str(checkpoint.path / CONFIG_NAME))
+    refuse_quantized(raw, checkpoint.tensors.values(), str(source))
+    decisions = decide(
+        model.tensors_in(checkpoint.tensors),
+        checkpoint.tensors,
+        rules=spec.rules,
+        mtp=spec.mtp,
+        origin=str(source),
+    )
     quantization = Quantization(spec.dialect, ())
     groups = [
-        _output_group(info, by_name[name], quantization)
+        _output_group(info, decisions.do[name], quantization)
         for name, info in checkpoint.tensors.items()
-        if not by_name[name].mtp
+        if decisions.do[name] is not Do.DROP
     ]
     return _Job(
         checkpoint=checkpoint,
         raw_config=raw,
-        config=config,
-        layout=by_name,
+        config=model,
+        decisions=decisions,
+        layout=decisions.layout,
         spec=spec,
         shards=plan_shards(groups, spec.shard_bytes),
-        dropped=[want for want in layout if want.mtp],
+        dropped=decisions.those(Do.DROP),
     )
 
 
-def _output_group(info: TensorInfo, want: Expected, quantization: Quantization) -> list[TensorSpec]:
-    if want.role not in QUANTIZABLE:
+def _output_group(info: TensorInfo, do: Do, quantization: Quantization) -> list[TensorSpec]:
+    if do is Do.KEEP:
         return [TensorSpec(info.name, info.dtype, info.shape)]
     if info.count % 8:
         # Engines map the file into memory: after an odd number of FP8 bytes nothing else would be aligned.
@@ -241,10 +251,11 @@ def _refuse_nonfinite(info: TensorInfo, chunk: NDArray[np.uint8], begin: int) ->
 def _output_config(job: _Job) -> dict[str, Any]:
     # Code is never shipped, so nothing may point to it.
     config = {key: value for key, value in job.raw_config.items() if key != "auto_map"}
-    if job.dropped:
-        config["num_nextn_predict_layers"] = 0
-    kept = [want for want in job.layout.values() if not want.mtp]
-    config["quantization_config"] = quantization_config(job.spec.dialect, kept)
+    prediction = PredictionLayers.of(job.config, job.decisions)
+    if prediction.found or config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = prediction.written
+    quantized = {want.name for want in job.decisions.those(Do.QUANTIZE)}
+    config["quantization_config"] = quantization_config(job.spec.dialect, job.decisions.written, quantized)
     return config
 
 
@@ -267,6 +278,7 @@ def _metrics(job: _Job, ledger: list[TensorFidelity]) -> dict[str, Any]:
             "left_out": len(job.dropped),
         },
         "bytes": {"source": job.checkpoint.nbytes, "written": sum(spec.nbytes for spec in written)},
+        "prediction_layers": PredictionLayers.of(job.config, job.decisions).document(),
         "fidelity": fidelity.by_role(ledger),
     }
 
