@@ -123,7 +123,7 @@ def test_prediction_layers_of_deepseek_v3_are_those_that_transformers_loads(tmp_
     assert shared <= names
 
 
-PUBLIC = {
+PUBLIC: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Meta-Llama-3.1-8B": (
         "LlamaForCausalLM",
         8_030_261_248,
