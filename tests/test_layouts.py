@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TINY_CONFIG
-from tiny_architectures import TINY, random_tensors, tiny_config, write_tensors
+from tiny_architectures import TINY, random_tensors, tiny_config, write_tensors, write_tiny
 
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import expected_tensors
 from packager.checkpoint import Checkpoint
+from packager.cli import run as packager
 from packager.errors import BadInput
 from packager.layouts import (
     ARCHITECTURES,
     NEVER_QUANTIZED,
     QUANTIZABLE,
+    Described,
     Do,
     Role,
     architecture_of,
@@ -386,6 +389,65 @@ def test_the_shape_of_a_model_is_told_in_common_terms() -> None:
     }
     llama = recognise(tiny_config("LlamaForCausalLM")).shape
     assert (llama["dense_layers"], llama["experts"], llama["experts_per_token"]) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_inspect_names_every_architecture_and_finds_nothing_wrong(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_tiny(tmp_path / "source", architecture)
+    assert packager(["inspect", str(source), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["architecture"] == architecture
+    assert found["problems"] == []
+    stored = sum(info.count for info in Checkpoint.open(source).tensors.values())
+    assert found["parameters"]["total"] == stored == found["weights"]["dtypes"]["BF16"]["elements"]
+    assert packager(["inspect", str(source)]) == 0
+    printed = capsys.readouterr().out
+    assert architecture in printed
+    assert ("routed" in printed) == bool(found["shape"]["experts"])
+
+
+@pytest.mark.parametrize(("mtp_layers", "engines"), [(1, "vllm and sglang"), (0, "")])
+def test_inspect_says_who_loads_prediction_layers(
+    mtp_layers: int, engines: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_tiny(tmp_path / "source", "DeepseekV3ForCausalLM", mtp_layers=mtp_layers)
+    assert packager(["inspect", str(source), "--json"]) == 0
+    said = " ".join(json.loads(capsys.readouterr().out)["notes"])
+    assert ("prediction layer" in said) == bool(mtp_layers)
+    assert engines in said
+
+
+def test_inspect_of_gpt_oss_says_why_it_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}')
+    assert packager(["inspect", str(tmp_path)]) == 3
+    said = capsys.readouterr().err
+    assert "GptOssForCausalLM" in said and "MXFP4" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"max_position_embeddings": None}, "max_position_embeddings None"),
+        ({"rope_theta": "big"}, "rope_theta 'big' is not a positive number"),
+        ({"rope_scaling": [1]}, "rope_scaling is no JSON object"),
+        ({"quantization_config": "fp8"}, "quantization_config is no JSON object"),
+    ],
+)
+def test_fields_beside_the_shape_are_checked_too(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(BadInput, match=what):
+        Described.parse(tiny_config("LlamaForCausalLM", **changes))
+
+
+def test_rope_is_read_wherever_transformers_puts_it() -> None:
+    old = Described.parse(tiny_config("Qwen3ForCausalLM", rope_theta=1e6, partial_rotary_factor=0.5))
+    inner = {"rope_theta": 1e6, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    new = Described.parse(tiny_config("Qwen3ForCausalLM", rope_parameters=inner))
+    assert (old.rope_theta, old.rotary_dim) == (new.rope_theta, new.rotary_dim) == (1e6, 20)
+    assert Described.parse(tiny_config("DeepseekV3ForCausalLM")).rotary_dim == 16
 
 
 def test_every_architecture_states_why_it_is_refused_or_has_rules() -> None:

@@ -108,6 +108,18 @@ def test_forty_problems_stand_alone_and_more_are_folded_without_losing_one() -> 
     assert "model.layers.3.mlp.experts.7.up_proj" not in caught.value.message
 
 
+def test_a_header_full_of_odd_names_makes_neither_a_huge_list_nor_a_huge_message() -> None:
+    found = found_in("DeepseekV3ForCausalLM")
+    for index in range(3000):
+        extra(found, f"model.layers.{2 + 7 * index}.eh_proj.weight", 0, 0)
+        extra(found, f"odd{index}", 0)
+    with pytest.raises(BadInput) as caught:
+        decided("DeepseekV3ForCausalLM", found)
+    assert len(recognise(tiny_config("DeepseekV3ForCausalLM")).tensors_in(found)) < 1000
+    assert caught.value.message.count("\n") == 2001
+    assert "lines more" in caught.value.message
+
+
 def test_tensors_in_two_shards_are_one_error_that_names_each(tmp_path: Path) -> None:
     raw = tiny_config("LlamaForCausalLM")
     tensors = random_tensors(layout_of(raw))

@@ -11,18 +11,10 @@ from typing import Any
 import click
 
 from packager.artifact import Manifest, check, file_sha256, is_sealed
-from packager.bailing.config import BailingConfig
-from packager.bailing.layout import (
-    QUANTIZABLE,
-    Role,
-    count_parameters,
-    expected_tensors,
-    layout_problems,
-    mtp_layers_in,
-)
 from packager.checkpoint.header import readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, locate, read_json_object
 from packager.errors import BadInput, IntegrityFailure, PackagerError
+from packager.layouts import QUANTIZABLE, Described, Role, count_parameters, layout_problems
 from packager.quantize.dialects import BLOCK, Quantization, quantized_layout, read_quantization
 
 
@@ -64,23 +56,12 @@ def examine(source: str) -> Inspection:
             "Give the folder that holds config.json and *.safetensors.",
         )
     raw = read_json_object(path / CONFIG_NAME)
-    config = BailingConfig.parse(raw, str(path / CONFIG_NAME))
+    config = Described.parse(raw, str(path / CONFIG_NAME))
     found = Inspection(
         path=str(path),
-        architecture=config.architectures[0],
+        architecture=config.model.architecture.name,
         model_type=config.model_type,
-        shape={
-            "layers": config.num_hidden_layers,
-            "dense_layers": config.first_k_dense_replace,
-            "hidden_size": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "experts": config.num_experts,
-            "experts_per_token": config.num_experts_per_tok,
-            "shared_experts": config.num_shared_experts,
-            "vocabulary": config.vocab_size,
-        },
+        shape=config.model.shape,
         parameters={},
         context=_context(config),
     )
@@ -93,7 +74,7 @@ def examine(source: str) -> Inspection:
     return found
 
 
-def _context(config: BailingConfig) -> dict[str, Any]:
+def _context(config: Described) -> dict[str, Any]:
     rope = config.rope
     kind = rope.get("rope_type", rope.get("type", "default")) if rope else "default"
     return {
@@ -106,7 +87,7 @@ def _context(config: BailingConfig) -> dict[str, Any]:
     }
 
 
-def _rope_problems(raw: dict[str, Any], config: BailingConfig) -> Iterator[str]:
+def _rope_problems(raw: dict[str, Any], config: Described) -> Iterator[str]:
     scaling, parameters = config.rope_scaling or {}, config.rope_parameters or {}
     for name, rope in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if len({rope[key] for key in ("type", "rope_type") if key in rope}) > 1:
@@ -129,7 +110,7 @@ def _rope_problems(raw: dict[str, Any], config: BailingConfig) -> Iterator[str]:
             )
 
 
-def _quantization(config: BailingConfig, found: Inspection) -> Quantization | None:
+def _quantization(config: Described, found: Inspection) -> Quantization | None:
     raw = config.quantization_config
     if not raw:
         return None
@@ -141,21 +122,22 @@ def _quantization(config: BailingConfig, found: Inspection) -> Quantization | No
         return None
     if quantization is not None:
         found.quantization = {
-            "scheme": "fp8-block",
+            "scheme": quantization.scheme,
             "dialect": quantization.dialect,
-            "block": [BLOCK, BLOCK],
         }
+        if quantization.scheme == "fp8-block":
+            found.quantization["block"] = [BLOCK, BLOCK]
     return quantization
 
 
-def _weights(path: Path, config: BailingConfig, quantization: Quantization | None, found: Inspection) -> None:
+def _weights(path: Path, config: Described, quantization: Quantization | None, found: Inspection) -> None:
     mtp = 0
     try:
         checkpoint = Checkpoint.open(path)
     except BadInput as err:
         found.problems.append(err.message)
     else:
-        mtp = mtp_layers_in(config, checkpoint.tensors)
+        mtp = config.model.mtp_layers_in(checkpoint.tensors)
         dtypes: dict[str, dict[str, int]] = {}
         for info in checkpoint.tensors.values():
             row = dtypes.setdefault(info.dtype, {"tensors": 0, "elements": 0, "bytes": 0})
@@ -168,7 +150,7 @@ def _weights(path: Path, config: BailingConfig, quantization: Quantization | Non
             "bytes": checkpoint.nbytes,
             "dtypes": dict(sorted(dtypes.items())),
         }
-        layout = expected_tensors(config, mtp)
+        layout = config.model.tensors_in(checkpoint.tensors)
         if quantization is not None:
             layout = quantized_layout(layout, quantization)
         if quantization is not None or not config.quantization_config:
@@ -182,10 +164,11 @@ def _weights(path: Path, config: BailingConfig, quantization: Quantization | Non
             found.notes.append(f"expert_bias is {', '.join(sorted(bias))}; the line stores it as F32")
     if mtp:
         found.notes.append(
-            f"{mtp} multi-token prediction layer(s): vLLM has no class for this architecture's, "
-            "so `packager quantize` leaves them out"
+            f"{mtp} multi-token prediction layer(s), loaded by "
+            f"{' and '.join(config.model.architecture.mtp_engines)} alone; `packager quantize` leaves them "
+            "out unless the recipe's quantize.mtp keeps them"
         )
-    counted = count_parameters(config, mtp)
+    counted = count_parameters(config.model, mtp)
     found.parameters = {
         "total": counted.total,
         "active": counted.active,
@@ -194,11 +177,11 @@ def _weights(path: Path, config: BailingConfig, quantization: Quantization | Non
     }
 
 
-def _notes(path: Path, raw: dict[str, Any], config: BailingConfig) -> Iterator[str]:
+def _notes(path: Path, raw: dict[str, Any], config: Described) -> Iterator[str]:
     odd = sorted(
         {
             f"{list(want.shape)}"
-            for want in expected_tensors(config)
+            for want in config.model.tensors()
             if want.role in QUANTIZABLE and any(size % BLOCK for size in want.shape)
         }
     )
@@ -239,16 +222,15 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     shape, parameters, context = found.shape, found.parameters, found.context
     yield "checkpoint", found.path
     yield "architecture", f"{found.architecture} ({found.model_type})"
-    yield (
-        "layers",
-        f"{shape['layers']}, the first {shape['dense_layers']} dense; hidden size {shape['hidden_size']}",
-    )
+    dense = f", {shape['dense_layers']} of them dense" if shape["experts"] else ""
+    yield "layers", f"{shape['layers']}{dense}; hidden size {shape['hidden_size']}"
     yield "attention", f"{shape['heads']} heads, {shape['kv_heads']} KV heads x {shape['head_dim']}"
-    yield (
-        "experts",
-        f"{shape['experts']} routed, {shape['experts_per_token']} per token, "
-        f"{shape['shared_experts']} shared",
-    )
+    if shape["experts"]:
+        yield (
+            "experts",
+            f"{shape['experts']} routed, {shape['experts_per_token']} per token, "
+            f"{shape['shared_experts']} shared",
+        )
     yield (
         "parameters",
         f"{parameters['total'] - parameters['float32']:,} + {parameters['float32']:,} FP32",

@@ -15,6 +15,7 @@ from packager.layouts.declaration import (
     Expected,
     Role,
 )
+from packager.layouts.described import Described
 from packager.layouts.model import Model, ParameterCount, architecture_of, count_parameters, recognise
 from packager.layouts.prediction import PredictionLayers
 
@@ -25,6 +26,7 @@ __all__ = [
     "QUANTIZABLE",
     "Architecture",
     "Decisions",
+    "Described",
     "Do",
     "Expected",
     "Model",

@@ -149,6 +149,7 @@ BAILING_MOE_V2 = Architecture(
     experts="num_experts",
     experts_per_token="num_experts_per_tok",
     checks={**_HEAD_CHECKS, **_EXPERT_CHECKS, **_DENSE_CHECKS},
+    rope_theta=600000.0,
     mtp_engines=("sglang",),
     rules=_causal(
         *_prediction("final_layernorm"),
@@ -275,6 +276,7 @@ MIXTRAL = Architecture(
     ),
     experts="num_local_experts",
     experts_per_token="num_experts_per_tok",
+    rope_theta=1000000.0,
     checks={**_HEAD_CHECKS, **_EXPERT_CHECKS},
     rules=_causal(
         *_attention(),
@@ -320,6 +322,7 @@ DEEPSEEK_V3 = Architecture(
         "sparse": "mtp or layer >= first_k_dense_replace and layer % moe_layer_freq == 0",
         "shared_experts": "n_shared_experts",
         "head_dim": "qk_nope_head_dim + qk_rope_head_dim",
+        "rotary_dim": "qk_rope_head_dim",
     },
     experts="n_routed_experts",
     experts_per_token="num_experts_per_tok",

@@ -15,6 +15,8 @@ from packager.recipe import TensorRule
 
 _SEPARATE = 40
 """Up to so many problems are listed one by one; more are folded where only indices differ."""
+_MOST_LINES = 2000
+"""Of one error; a header can hold millions of names."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ def _refuse(problems: list[str], origin: str) -> None:
     if not problems:
         return
     lines = problems if len(problems) <= _SEPARATE else _folded(problems)
+    if len(lines) > _MOST_LINES:
+        lines = [*lines[:_MOST_LINES], f"… and {len(lines) - _MOST_LINES} lines more"]
     raise BadInput(
         f"{origin}: {len(problems)} tensors do not fit its config.json:\n"
         + "\n".join(f"  {line}" for line in lines),

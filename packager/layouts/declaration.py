@@ -153,6 +153,8 @@ class Architecture:
     experts_per_token: str = ""
     checks: Mapping[str, str] = field(default_factory=dict)
     """Condition over the fields -> what is wrong where it does not hold."""
+    rope_theta: float = 10000.0
+    """Default of the architecture's configuration class."""
     mtp_engines: tuple[str, ...] = ()
     """Engines that load multi-token prediction layers of this architecture."""
     refused: str = ""

@@ -14,8 +14,10 @@ from packager.layouts.declaration import Architecture, Expected, Field, Role, Ru
 from packager.layouts.expressions import evaluate
 
 _MOST_LAYERS = 4096
-_MOST_MATRICES = 1 << 20
-"""Of experts in all layers together; a config beyond it is damaged, and its list would fill the memory."""
+_MOST_EXPERTS = 1 << 17
+"""In all layers together; a config beyond it is damaged, and the list of its tensors would fill the memory."""
+_MOST_PREDICTION_LAYERS = 16
+"""The tensors of any further ones are unknown."""
 _MTP_NAMES = re.compile(r"model\.layers\.(\d{1,9})\.(?:eh_proj|enorm|hnorm)\.")
 _FUSED_NAMES = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(?:gate_up_proj|down_proj)$")
 
@@ -47,8 +49,8 @@ class Model:
             problems.extend(wrong)
             if model.layers > _MOST_LAYERS:
                 problems.append(f"num_hidden_layers exceeds {_MOST_LAYERS}")
-            elif model.experts * model.layers > _MOST_MATRICES:
-                problems.append(f"more than {_MOST_MATRICES} experts in all layers together")
+            elif model.experts * model.layers > _MOST_EXPERTS:
+                problems.append(f"more than {_MOST_EXPERTS} experts in all layers together")
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
             raise BadInput(f"{origin} is no {architecture.name} configuration:\n{lines}")
@@ -115,7 +117,7 @@ class Model:
         if not self.architecture.mtp_engines:
             return 0
         indices = {int(found[1]) for found in map(_MTP_NAMES.match, names) if found}
-        return len({index for index in indices if index >= self.layers})
+        return min(len({index for index in indices if index >= self.layers}), _MOST_PREDICTION_LAYERS)
 
     def fused_in(self, names: Iterable[str]) -> bool:
         """Whether a checkpoint with these tensor names holds all experts of a layer in one tensor."""
