@@ -70,12 +70,14 @@ def decide(
             decisions.do[name] = Do(rule.do)
             problems.extend(_objections(rule, want, found[name], faults.get(name)))
             continue
+        do = want.decision
+        if want.mtp and (mtp == "drop" or (mtp == "keep" and do is Do.QUANTIZE)):
+            do = Do(mtp)
         if name in faults:
             problems.append(faults[name])
-        elif want.role is Role.FUSED_EXPERTS:
+        elif want.role is Role.FUSED_EXPERTS and do is not Do.DROP:
             problems.append(f"not quantized: {name}: {NEVER_QUANTIZED[want.role]}")
-        decided_apart = want.mtp and (mtp != "quantize" or want.decision is Do.DROP)
-        decisions.do[name] = Do(mtp) if decided_apart else want.decision
+        decisions.do[name] = do
     for name, info in found.items():
         if name in layout:
             continue

@@ -15,7 +15,7 @@ from packager.layouts.expressions import evaluate
 
 _MOST_LAYERS = 4096
 _MOST_EXPERTS = 1 << 17
-"""In all layers together; a config beyond it is damaged, and the list of its tensors would fill the memory."""
+"""In all layers together; a config beyond it is damaged, and a list of its tensors would fill the memory."""
 _MOST_PREDICTION_LAYERS = 16
 """The tensors of any further ones are unknown."""
 _MTP_NAMES = re.compile(r"model\.layers\.(\d{1,9})\.(?:eh_proj|enorm|hnorm)\.")

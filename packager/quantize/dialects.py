@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from packager.checkpoint.header import TensorInfo
@@ -45,10 +46,14 @@ class Quantization:
 
     def skips(self, module: str) -> bool:
         """Whether a module (a tensor name without `.weight`) is left unquantized."""
-        return any(
-            re.match(name[3:], module) is not None if name.startswith("re:") else name == module
-            for name in self.skipped
-        )
+        names, patterns = self._skipped
+        return module in names or any(pattern.match(module) for pattern in patterns)
+
+    @cached_property
+    def _skipped(self) -> tuple[frozenset[str], list[re.Pattern[str]]]:
+        """Exact names, of which there may be thousands, and compiled patterns."""
+        patterns = [re.compile(name[3:]) for name in self.skipped if name.startswith("re:")]
+        return frozenset(name for name in self.skipped if not name.startswith("re:")), patterns
 
     def scale_of(self, weight: str) -> str:
         """Name of the scale that belongs to `X.weight`."""
