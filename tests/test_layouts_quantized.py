@@ -21,7 +21,7 @@ from packager.quantize import quantized as quantized_module
 from packager.quantize.dialects import Quantization, read_quantization
 from packager.quantize.int4 import dequantize_int4
 from packager.quantize.quantized import WeightCheckpoint
-from packager.recipe import QuantizeSpec
+from packager.recipe import QuantizeSpec, TensorRule
 
 LLAMA = "LlamaForCausalLM"
 DIALECTS = ("compressed-tensors", "deepseek")
@@ -107,6 +107,30 @@ def test_every_architecture_goes_there_and_back(architecture: str, tmp_path: Pat
     assert {row.role for row in compared.differing} <= {str(role) for role in QUANTIZABLE}
     assert all(row.snr_db is not None and row.snr_db > 30 for row in compared.differing)
     assert diff(tmp_path / DIALECTS[0], tmp_path / DIALECTS[1]).equal
+
+
+@pytest.mark.parametrize("architecture", [name for name in TINY if not name.startswith("Bailing")])
+def test_compressed_tensors_targets_the_linear_layers_that_are_quantized(
+    architecture: str, tmp_path: Path
+) -> None:
+    import torch
+    from compressed_tensors.utils.match import match_named_modules
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rule = TensorRule(tensors="model.layers.1.self_attn.*", do="keep")
+    run(write_tiny(tmp_path / "source", architecture), tmp_path / "out", rules=(rule,))
+    opened = WeightCheckpoint.open(tmp_path / "out")
+    stated = opened.raw_config["quantization_config"]
+    fields = {key: value for key, value in tiny_config(architecture).items() if key != "architectures"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    targets = stated["config_groups"]["group_0"]["targets"]
+    matched = {name for name, _ in match_named_modules(model, targets, stated["ignore"])}
+    # transformers holds the experts of a layer in one module that is no linear layer.
+    ours = {name.removesuffix(".weight") for name in opened.quantized if ".experts." not in name}
+    assert matched == ours
+    assert any(name.startswith("model.layers.0.self_attn") for name in ours)
+    assert not any(name.startswith("model.layers.1.self_attn") for name in ours)
 
 
 # ---- what others quantized ------------------------------------------------------------------------------
