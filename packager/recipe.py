@@ -5,8 +5,11 @@ A recipe is data: it names schemes, lengths and bounds, never Python paths. Unkn
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +53,36 @@ class SourceSpec(Spec):
         return self
 
 
+class TensorRule(Spec):
+    """What becomes of tensors that the architecture's declaration does not know, or decides otherwise."""
+
+    tensors: str = Field(min_length=1)
+    """Glob over whole tensor names (`model.layers.0.*`), or a regular expression after `re:`."""
+    do: Literal["quantize", "keep", "drop"]
+
+    @property
+    def _pattern(self) -> re.Pattern[str]:
+        expression = self.tensors.removeprefix("re:")
+        return _compiled(expression if expression != self.tensors else fnmatch.translate(self.tensors))
+
+    @model_validator(mode="after")
+    def _compiles(self) -> TensorRule:
+        try:
+            _ = self._pattern
+        except re.error as err:
+            raise ValueError(f"{self.tensors!r} is no regular expression: {err}") from None
+        return self
+
+    def matches(self, name: str) -> bool:
+        """Whether the whole of a tensor name matches."""
+        return self._pattern.fullmatch(name) is not None
+
+
+@cache
+def _compiled(expression: str) -> re.Pattern[str]:
+    return re.compile(expression)
+
+
 class QuantizeSpec(Spec):
     """How weights are quantized."""
 
@@ -59,6 +92,11 @@ class QuantizeSpec(Spec):
     """DeepGEMM on Hopper re-quantizes to power-of-two scales: such ones survive it, FP32 ones lose 3 dB."""
     shard_bytes: int = Field(default=5_000_000_000, gt=0)
     """Size of an output shard in bytes."""
+    mtp: Literal["drop", "keep", "quantize"] = "drop"
+    """Multi-token prediction layers: left out, in BF16, or quantized as the others are. vLLM has no class for
+    BailingMoeV2's; it has one for DeepSeek-V3's."""
+    rules: tuple[TensorRule, ...] = ()
+    """Decisions on single tensors; each must match some, and no tensor may match two."""
 
 
 class ContextSpec(Spec):

@@ -382,7 +382,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(Stream, "_convert", meddled)
-        with pytest.raises(BadInput, match="changed while it was read"):
+        with pytest.raises(BadInput, match="has changed since it was opened"):
             run(source, out)
     assert not is_sealed(out)
     assert run(source, out).inputs == {"source": Checkpoint.open(source).digest()}

@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "plan": "Will it fit; a bound on speed; the exact serve command.",
     "release": "Run a recipe: every stage in order, skipping what is done.",
     "quantize": "Weights to block FP8, at the speed of the disk, in little memory.",
+    "dequantize": "Quantized weights back to BF16.",
     "relabel": "The same FP8 bytes under the other naming.",
     "diff": "Compare two checkpoints tensor by tensor.",
     "extend-context": "A longer context through YaRN.",

@@ -9,20 +9,11 @@ from typing import Any
 
 import click
 
-from packager.bailing.config import BailingConfig
-from packager.bailing.layout import (
-    QUANTIZABLE,
-    Expected,
-    Role,
-    count_parameters,
-    expected_tensors,
-    layout_problems,
-    mtp_layers_in,
-)
 from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, open_folder
 from packager.errors import BadInput, IntegrityFailure
+from packager.layouts import QUANTIZABLE, Described, Expected, Role, count_parameters, layout_problems
 from packager.quantize.dialects import BLOCK, Quantization, quantized_layout, read_quantization
 
 
@@ -65,23 +56,12 @@ def examine(source: str) -> Inspection:
             "Give the folder that holds config.json and *.safetensors.",
         )
     raw = folder.json(CONFIG_NAME)
-    config = BailingConfig.parse(raw, folder.where(CONFIG_NAME))
+    config = Described.parse(raw, folder.where(CONFIG_NAME))
     found = Inspection(
         path=folder.name,
-        architecture=config.architectures[0],
+        architecture=config.model.architecture.name,
         model_type=config.model_type,
-        shape={
-            "layers": config.num_hidden_layers,
-            "dense_layers": config.first_k_dense_replace,
-            "hidden_size": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "experts": config.num_experts,
-            "experts_per_token": config.num_experts_per_tok,
-            "shared_experts": config.num_shared_experts,
-            "vocabulary": config.vocab_size,
-        },
+        shape=config.model.shape,
         parameters={},
         context=_context(config),
     )
@@ -93,7 +73,7 @@ def examine(source: str) -> Inspection:
     return found
 
 
-def _context(config: BailingConfig) -> dict[str, Any]:
+def _context(config: Described) -> dict[str, Any]:
     rope = config.rope
     kind = rope.get("rope_type", rope.get("type", "default")) if rope else "default"
     return {
@@ -106,7 +86,7 @@ def _context(config: BailingConfig) -> dict[str, Any]:
     }
 
 
-def _rope_problems(raw: dict[str, Any], config: BailingConfig) -> Iterator[str]:
+def _rope_problems(raw: dict[str, Any], config: Described) -> Iterator[str]:
     scaling, parameters = config.rope_scaling or {}, config.rope_parameters or {}
     for name, rope in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if len({rope[key] for key in ("type", "rope_type") if key in rope}) > 1:
@@ -129,7 +109,7 @@ def _rope_problems(raw: dict[str, Any], config: BailingConfig) -> Iterator[str]:
             )
 
 
-def _quantization(config: BailingConfig, found: Inspection) -> Quantization | None:
+def _quantization(config: Described, found: Inspection) -> Quantization | None:
     raw = config.quantization_config
     if not raw:
         return None
@@ -141,15 +121,16 @@ def _quantization(config: BailingConfig, found: Inspection) -> Quantization | No
         return None
     if quantization is not None:
         found.quantization = {
-            "scheme": "fp8-block",
+            "scheme": quantization.scheme,
             "dialect": quantization.dialect,
-            "block": [BLOCK, BLOCK],
         }
+        if quantization.scheme == "fp8-block":
+            found.quantization["block"] = [BLOCK, BLOCK]
     return quantization
 
 
 def _weights(
-    folder: Folder, config: BailingConfig, quantization: Quantization | None, found: Inspection
+    folder: Folder, config: Described, quantization: Quantization | None, found: Inspection
 ) -> list[Expected]:
     """Judge the weights; returns the layout that the config calls for."""
     mtp = 0
@@ -157,9 +138,9 @@ def _weights(
         checkpoint = Checkpoint.open(folder)
     except BadInput as err:
         found.problems.append(err.message)
-        layout = expected_tensors(config)
+        layout = config.model.tensors()
     else:
-        mtp = mtp_layers_in(config, checkpoint.tensors)
+        mtp = config.model.mtp_layers_in(checkpoint.tensors)
         dtypes: dict[str, dict[str, int]] = {}
         for info in checkpoint.tensors.values():
             row = dtypes.setdefault(info.dtype, {"tensors": 0, "elements": 0, "bytes": 0})
@@ -172,7 +153,7 @@ def _weights(
             "bytes": checkpoint.nbytes,
             "dtypes": dict(sorted(dtypes.items())),
         }
-        layout = expected_tensors(config, mtp)
+        layout = config.model.tensors_in(checkpoint.tensors)
         if quantization is not None or not config.quantization_config:
             stored = quantized_layout(layout, quantization) if quantization else layout
             found.problems.extend(layout_problems(stored, checkpoint.tensors))
@@ -185,10 +166,11 @@ def _weights(
             found.notes.append(f"expert_bias is {', '.join(sorted(bias))}; the line stores it as F32")
     if mtp:
         found.notes.append(
-            f"{mtp} multi-token prediction layer(s): vLLM has no class for this architecture's, "
-            "so `packager quantize` leaves them out"
+            f"{mtp} multi-token prediction layer(s), loaded by "
+            f"{' and '.join(config.model.architecture.mtp_engines)} alone; `packager quantize` leaves them "
+            "out unless the recipe's quantize.mtp keeps them"
         )
-    counted = count_parameters(config, mtp)
+    counted = count_parameters(config.model, mtp)
     found.parameters = {
         "total": counted.total,
         "active": counted.active,
@@ -198,9 +180,7 @@ def _weights(
     return layout
 
 
-def _notes(
-    folder: Folder, raw: dict[str, Any], config: BailingConfig, layout: list[Expected]
-) -> Iterator[str]:
+def _notes(folder: Folder, raw: dict[str, Any], config: Described, layout: list[Expected]) -> Iterator[str]:
     odd = sorted(
         {
             f"{list(want.shape)}"
@@ -240,16 +220,15 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     shape, parameters, context = found.shape, found.parameters, found.context
     yield "checkpoint", found.path
     yield "architecture", f"{found.architecture} ({found.model_type})"
-    yield (
-        "layers",
-        f"{shape['layers']}, the first {shape['dense_layers']} dense; hidden size {shape['hidden_size']}",
-    )
+    dense = f", {shape['dense_layers']} of them dense" if shape["experts"] else ""
+    yield "layers", f"{shape['layers']}{dense}; hidden size {shape['hidden_size']}"
     yield "attention", f"{shape['heads']} heads, {shape['kv_heads']} KV heads x {shape['head_dim']}"
-    yield (
-        "experts",
-        f"{shape['experts']} routed, {shape['experts_per_token']} per token, "
-        f"{shape['shared_experts']} shared",
-    )
+    if shape["experts"]:
+        yield (
+            "experts",
+            f"{shape['experts']} routed, {shape['experts_per_token']} per token, "
+            f"{shape['shared_experts']} shared",
+        )
     yield (
         "parameters",
         f"{parameters['total'] - parameters['float32']:,} + {parameters['float32']:,} FP32",

@@ -1,4 +1,4 @@
-"""Block FP8: conversion shard by shard, two dialects of the same bytes, and the way back to BF16."""
+"""Block FP8: conversion, two dialects of the same bytes, and the way back to BF16 from these and others."""
 
 from packager.quantize.compare import diff
 from packager.quantize.convert import dry_run, quantize

@@ -48,10 +48,11 @@ class Comparison:
 
 
 def diff(first: Path, second: Path) -> Comparison:
-    """Compare two BailingMoeV2 checkpoints; one weight of each is in memory at a time.
+    """Compare two checkpoints of one architecture; one weight of each is in memory at a time.
 
     Raises:
-        BadInput: one of them is not a sound BailingMoeV2 checkpoint, or has an unknown quantization.
+        BadInput: one of them is not a sound checkpoint of a known architecture, or has an unknown
+            quantization.
         IntegrityFailure: one of them is a sealed artifact that was altered.
     """
     import numpy as np
@@ -88,7 +89,7 @@ def diff(first: Path, second: Path) -> Comparison:
                     role=str(want.role),
                     snr_db=decibels(signal, error) if finite else None,
                     max_abs=largest if math.isfinite(largest) else math.inf,
-                    dtypes=(a.checkpoint.tensors[want.name].dtype, b.checkpoint.tensors[want.name].dtype),
+                    dtypes=(a.stored(want.name).dtype, b.stored(want.name).dtype),
                 )
             )
             if finite:

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
-from packager.bailing.config import BailingConfig
-from packager.bailing.layout import (
-    QUANTIZABLE,
-    Expected,
-    count_parameters,
-    expected_tensors,
-    mtp_layers_in,
-    require_layout,
-)
 from packager.checkpoint.header import TensorInfo, readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint
 from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, write_index
 from packager.errors import BadInput, UsageProblem
+from packager.layouts import (
+    Decisions,
+    Do,
+    Expected,
+    Model,
+    PredictionLayers,
+    count_parameters,
+    decide,
+    recognise,
+)
 from packager.quantize import fidelity
-from packager.quantize.dialects import Quantization, quantization_config, scale_shape
+from packager.quantize.dialects import Quantization, quantization_config, refuse_quantized, scale_shape
 from packager.quantize.dry_run import DryRun, plan_dry_run
 from packager.quantize.fidelity import DEFAULT_MIN_SNR_DB, LEDGER_NAME, LedgerEntry
 from packager.quantize.journal import TensorJournal
@@ -48,13 +49,14 @@ class _Job:
 
     checkpoint: Checkpoint
     raw_config: dict[str, Any]
-    config: BailingConfig
+    config: Model
+    decisions: Decisions
     layout: dict[str, Expected]
     spec: QuantizeSpec
     works: dict[str, TensorWork]
     shards: list[ShardPlan]
     dropped: list[Expected]
-    """Multi-token prediction tensors: vLLM has no class for this architecture's and cannot load them."""
+    """Prediction layers, unless the spec has them, and what its rules or the layout drop."""
 
 
 def quantize(
@@ -104,7 +106,9 @@ def quantize(
             progress(f"{out} is finished already")
             return found
     if job.dropped:
-        progress(f"leaving out {len(job.dropped)} tensors of multi-token prediction layers")
+        progress(f"leaving out {len(job.dropped)} tensors")
+    if (prediction := PredictionLayers.of(job.config, job.decisions)).found:
+        progress(str(prediction))
     # The digest of the source is known once it has been read: until then its outline and the tensor journal
     # stand for it.
     key = {"source": outline(job.checkpoint)}
@@ -223,35 +227,38 @@ def dry_run(source: str | Path, spec: QuantizeSpec) -> DryRun:
 def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
     checkpoint = Checkpoint.open(source)
     raw = checkpoint.config()
-    config = BailingConfig.parse(raw, checkpoint.folder.where(CONFIG_NAME))
-    if config.quantization_config:
-        method = config.quantization_config.get("quant_method")
-        raise BadInput(
-            f"{source} is quantized already ({method})",
-            "Give the BF16 checkpoint; `packager relabel` changes the dialect of an FP8 one.",
-        )
-    layout = expected_tensors(config, mtp_layers_in(config, checkpoint.tensors))
-    require_layout(layout, checkpoint.tensors, str(source))
-    by_name = {want.name: want for want in layout}
+    model = recognise(raw, checkpoint.folder.where(CONFIG_NAME))
+    refuse_quantized(raw, checkpoint.tensors.values(), str(source))
+    decisions = decide(
+        model.tensors_in(checkpoint.tensors),
+        checkpoint.tensors,
+        rules=spec.rules,
+        mtp=spec.mtp,
+        origin=str(source),
+    )
     quantization = Quantization(spec.dialect, ())
-    works = {name: _work(info, by_name[name], quantization) for name, info in checkpoint.tensors.items()}
+    works = {
+        name: _work(info, decisions.layout[name], decisions.do[name], quantization)
+        for name, info in checkpoint.tensors.items()
+    }
     groups = [[spec for spec in (work.weight, work.scale) if spec] for work in works.values() if work.weight]
     return _Job(
         checkpoint=checkpoint,
         raw_config=raw,
-        config=config,
-        layout=by_name,
+        config=model,
+        decisions=decisions,
+        layout=decisions.layout,
         spec=spec,
         works=works,
         shards=plan_shards(groups, spec.shard_bytes),
-        dropped=[want for want in layout if want.mtp],
+        dropped=decisions.those(Do.DROP),
     )
 
 
-def _work(info: TensorInfo, want: Expected, quantization: Quantization) -> TensorWork:
-    if want.mtp:
+def _work(info: TensorInfo, want: Expected, do: Do, quantization: Quantization) -> TensorWork:
+    if do is Do.DROP:
         return TensorWork(info, str(want.role), None, None)
-    if want.role not in QUANTIZABLE:
+    if do is Do.KEEP:
         return TensorWork(info, str(want.role), TensorSpec(info.name, info.dtype, info.shape), None)
     if info.count % 8:
         # Engines map the file into memory: after an odd number of FP8 bytes nothing else would be aligned.
@@ -277,10 +284,11 @@ def require_space(directory: Path, needed: int) -> None:
 def _output_config(job: _Job) -> dict[str, Any]:
     # Code is never shipped, so nothing may point to it.
     config = {key: value for key, value in job.raw_config.items() if key != "auto_map"}
-    if job.dropped:
-        config["num_nextn_predict_layers"] = 0
-    kept = [want for want in job.layout.values() if not want.mtp]
-    config["quantization_config"] = quantization_config(job.spec.dialect, kept)
+    prediction = PredictionLayers.of(job.config, job.decisions)
+    if prediction.found or config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = prediction.written
+    quantized = {want.name for want in job.decisions.those(Do.QUANTIZE)}
+    config["quantization_config"] = quantization_config(job.spec.dialect, job.decisions.written, quantized)
     return config
 
 
@@ -303,6 +311,7 @@ def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
             "left_out": len(job.dropped),
         },
         "bytes": {"source": job.checkpoint.nbytes, "written": sum(spec.nbytes for spec in written)},
+        "prediction_layers": PredictionLayers.of(job.config, job.decisions).document(),
         "fidelity": fidelity.by_role(ledger),
         "fidelity_by_layer": fidelity.by_layer(ledger),
     }

@@ -1,4 +1,4 @@
-"""Block FP8 back to BF16, for engines and machines without an FP8 kernel."""
+"""Quantized weights back to BF16: for machines without a kernel, and to quantize them otherwise."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ class DequantizeSpec(Spec):
 
 
 def dequantize(source: Path, out: Path) -> Manifest:
-    """Write the block-FP8 checkpoint `source` with BF16 weights and no `quantization_config`.
+    """Write the quantized checkpoint `source` with BF16 weights and no `quantization_config`.
 
-    Shards keep their names and the order of their weights. With power-of-two scales the BF16 values are
-    exactly code x scale; with float32 scales they are rounded to BF16 once.
+    Reads block FP8 in both dialects, FP8 with a scale a row, and INT4 of compressed-tensors. Shards keep
+    their names and the order of their weights. The BF16 values are code x scale, rounded once; with
+    power-of-two scales they are exact. What was not quantized keeps its bytes. Memory: some rows of one
+    weight, and its scales.
 
     Raises:
-        BadInput: `source` is not a block-FP8 BailingMoeV2 checkpoint, no room, or a target that cannot be
-            written.
+        BadInput: `source` is not such a checkpoint of a known architecture, no room, or a target that cannot
+            be written.
         IntegrityFailure: `source` is a sealed artifact that was altered.
     """
-    opened, _ = WeightCheckpoint.open_quantized(Path(source))
+    opened, quantization = WeightCheckpoint.open_quantized(Path(source))
     checkpoint = opened.checkpoint
     recipe_digest = DequantizeSpec().digest
     inputs = {"source": checkpoint.digest()}
@@ -51,23 +53,34 @@ def dequantize(source: Path, out: Path) -> Manifest:
         carry_over(writer, checkpoint.path, [file.name for file in checkpoint.side_files()])
         if (checkpoint.path / INDEX_NAME).is_file():
             write_index(writer, plans)
-        config = {key: value for key, value in opened.raw_config.items() if key != "quantization_config"}
+        stated = ("quantization_config", "compression_config")
+        config = {key: value for key, value in opened.raw_config.items() if key not in stated}
         writer.write_json(CONFIG_NAME, config)
-        quantized = sum(opened.is_quantized(want.name) for want in opened.layout)
+        tensors = {
+            "dequantized": len(opened.quantized),
+            "kept": len(opened.layout) - len(opened.quantized),
+        }
         written = sum(spec.nbytes for plan in plans for spec in plan.tensors)
-        return writer.seal({"tensors": {"dequantized": quantized}, "bytes": {"written": written}})
+        return writer.seal(
+            {
+                "scheme": "bf16",
+                "source_scheme": quantization.scheme,
+                "tensors": tensors,
+                "bytes": {"source": checkpoint.nbytes, "written": written},
+            }
+        )
 
 
 def _plans(opened: WeightCheckpoint) -> list[ShardPlan]:
-    scales = opened.scale_names()
+    weights = {opened.stored(want.name).name: want for want in opened.layout}
     plans: list[ShardPlan] = []
     for shard, header in opened.checkpoint.shards.items():
-        specs = tuple(
-            TensorSpec(info.name, "BF16" if info.dtype == "F8_E4M3" else info.dtype, info.shape)
-            for info in header.tensors.values()
-            if info.name not in scales
-        )
-        plans.append(ShardPlan(shard, specs))
+        specs = []
+        for info in header.tensors.values():
+            if (want := weights.get(info.name)) is not None:
+                dtype = "BF16" if opened.is_quantized(want.name) else info.dtype
+                specs.append(TensorSpec(want.name, dtype, want.shape))
+        plans.append(ShardPlan(shard, tuple(specs)))
     return plans
 
 
@@ -76,7 +89,8 @@ def _write_tensor(opened: WeightCheckpoint, reader: TensorReader, name: str, dat
     import numpy as np
 
     if opened.is_quantized(name):
-        data.write(opened.values(reader, name).astype(ml_dtypes.bfloat16).view(np.uint8).data)
+        for slab in opened.slabs(reader, name):
+            data.write(slab.astype(ml_dtypes.bfloat16).view(np.uint8).data)
         return
     for chunk in reader.chunks(opened.checkpoint.tensors[name]):
         data.write(chunk.data)

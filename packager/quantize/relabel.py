@@ -8,7 +8,7 @@ from pathlib import Path
 from packager.artifact import ArtifactWriter, Manifest, sealed_for
 from packager.checkpoint.source import CONFIG_NAME, INDEX_NAME, TensorReader
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, carry_over, write_index
-from packager.errors import UsageProblem
+from packager.errors import BadInput, UsageProblem
 from packager.quantize.convert import require_space
 from packager.quantize.dialects import SCALE_SUFFIX, Dialect, quantization_config
 from packager.quantize.quantized import WeightCheckpoint
@@ -30,11 +30,13 @@ def relabel(source: Path, out: Path, dialect: Dialect) -> Manifest:
 
     Raises:
         UsageProblem: `source` has that dialect already.
-        BadInput: `source` is not a block-FP8 BailingMoeV2 checkpoint, no room, or a target that cannot be
-            written.
+        BadInput: `source` is not a block-FP8 checkpoint of a known architecture, no room, or a target that
+            cannot be written.
         IntegrityFailure: `source` is a sealed artifact that was altered.
     """
     opened, quantization = WeightCheckpoint.open_quantized(Path(source))
+    if quantization.scheme != "fp8-block":
+        raise BadInput(f"{source} is {quantization.scheme}; only block FP8 has two dialects")
     if quantization.dialect == dialect:
         raise UsageProblem(f"{source} is in the {dialect} dialect already")
     checkpoint = opened.checkpoint
@@ -69,7 +71,7 @@ def relabel(source: Path, out: Path, dialect: Dialect) -> Manifest:
         if (checkpoint.path / INDEX_NAME).is_file():
             write_index(writer, plans)
         config = dict(opened.raw_config)
-        config["quantization_config"] = quantization_config(dialect, opened.layout)
+        config["quantization_config"] = quantization_config(dialect, opened.layout, opened.quantized)
         writer.write_json(CONFIG_NAME, config)
         return writer.seal({"dialect": dialect, "data_sha256": digests})
 
