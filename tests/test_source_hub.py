@@ -353,6 +353,40 @@ def test_links_that_expire_are_asked_for_again(
             assert reader.bytes(info).tobytes() == want[name]
 
 
+@pytest.mark.parametrize(
+    "listing",
+    [
+        {"error": "none"},
+        [1],
+        [{"type": "file"}],
+        [{"type": "file", "path": "config.json", "size": "9", "oid": "0" * 40}],
+        [{"type": "file", "path": "config.json", "size": -1, "oid": "0" * 40}],
+        [{"type": "file", "path": "config.json", "size": True, "oid": "0" * 40}],
+        [{"type": "file", "path": "config.json", "size": 9, "oid": None}],
+        [{"type": "file", "path": "config.json", "size": 9, "oid": "0" * 40, "lfs": {"oid": "x", "size": 9}}],
+    ],
+    ids=str,
+)
+def test_a_listing_that_no_hub_would_send_is_refused(
+    source: str, server: LoopbackHub, listing: object
+) -> None:
+    server.fault = lambda _, path: Reply(200, listing) if "/tree/" in path else None
+    with pytest.raises((RemoteFailure, BadInput)):
+        Checkpoint.open(source)
+
+
+def test_a_file_that_is_listed_with_an_absurd_size_takes_no_memory(source: str, server: LoopbackHub) -> None:
+    listing = [
+        {"type": "file", "path": name, "size": 1 << 50, "oid": "0" * 40}
+        for name in ("config.json", "tokenizer.json", INDEX_NAME)
+    ]
+    server.fault = lambda _, path: Reply(200, listing) if "/tree/" in path else None
+    with pytest.raises(BadInput, match="not read"):
+        Checkpoint.open(source)
+    with pytest.raises(BadInput, match="too many"):
+        open_folder(source).read("tokenizer.json")
+
+
 def test_a_private_repository_needs_a_token_and_the_token_stays_with_the_hub(
     server: LoopbackHub, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
