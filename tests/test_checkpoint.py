@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -296,3 +297,61 @@ def test_shards_are_cut_at_the_size_asked_for_and_keep_weight_and_scale_together
     assert [len(plan.tensors) for plan in plans] == [4, 4, 2]
     assert plans[0].name == "model-00001-of-00003.safetensors"
     assert [len(plan.tensors) for plan in plan_shards(groups, 1)] == [2] * 5
+
+
+def read_all(checkpoint: Checkpoint) -> None:
+    with checkpoint.reader() as reader:
+        for info in checkpoint.tensors.values():
+            reader.bytes(info)
+
+
+def _vanish(shard: Path) -> None:
+    shard.unlink()
+
+
+def _replace(shard: Path) -> None:
+    other = shard.with_suffix(".new")
+    other.write_bytes(shard.read_bytes())
+    other.replace(shard)
+
+
+def _edit(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [(_vanish, "cannot read"), (_replace, "has changed"), (_edit, "has changed")],
+    ids=["vanished", "replaced", "edited"],
+)
+def test_a_directory_that_vanishes_or_changes_while_it_is_read_is_an_error(
+    harm: Callable[[Path], None], says: str, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    checkpoint = Checkpoint.open(copy)
+    shard = sorted(checkpoint.shards)[1]
+    harm(copy / shard)
+    with pytest.raises(BadInput, match=says):
+        read_all(checkpoint)
+    with pytest.raises(BadInput, match=says):
+        checkpoint.digest()
+    shutil.rmtree(copy)
+    with pytest.raises(BadInput, match=r"no file|cannot read"):
+        checkpoint.config()
+
+
+def test_a_shard_edited_in_the_middle_of_reading_is_noticed_at_the_next_read(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, copy)
+    checkpoint = Checkpoint.open(copy)
+    first, second, *_ = checkpoint.tensors.values()
+    with checkpoint.reader() as reader:
+        reader.bytes(first)
+        _edit(copy / first.shard)
+        with pytest.raises(BadInput, match="has changed"):
+            reader.bytes(second)

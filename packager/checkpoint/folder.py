@@ -21,6 +21,8 @@ from packager.errors import BadInput, IntegrityFailure
 
 MAX_JSON_BYTES = 1 << 26
 """Configurations and indexes are parsed whole; a larger one is none."""
+MAX_WHOLE_BYTES = 1 << 28
+"""The largest file that is held in memory: tokenizers have a few tens of megabytes."""
 
 
 class OpenFile(ABC):
@@ -102,10 +104,12 @@ class Folder(ABC):
         return f"{self.name}/{name}"
 
     def read(self, name: str) -> bytes:
-        """A whole file. Raises as `OpenFile.fill`, and BadInput where there is none of that name."""
+        """A whole small file. Raises as `OpenFile.fill`, and BadInput: no such file, or a large one."""
         size = self.sizes().get(name)
         if size is None:
             raise BadInput(f"no file {self.where(name)}")
+        if size > MAX_WHOLE_BYTES:
+            raise BadInput(f"{self.where(name)} has {size} bytes: too many for a file that is read whole")
         data = bytearray(size)
         handle = self.open(name)
         try:

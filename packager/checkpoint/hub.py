@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,14 @@ class _Listed:
     """Git object id (SHA-1) of the content; of the pointer where there is a `sha256`."""
     sha256: str | None
     """Of the content of an LFS file."""
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or self.size < 0:
+            raise ValueError(f"a file of size {self.size!r}")
+        if not re.fullmatch("[0-9a-f]{40}", self.blob):
+            raise ValueError(f"a file with object id {self.blob!r}")
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"a file with SHA-256 {self.sha256!r}")
 
     @property
     def etag(self) -> str:
@@ -118,10 +127,10 @@ class HubFolder(Folder):
 
         def ask(api: HfApi) -> dict[str, _Listed]:
             entries = api.list_repo_tree(self.repo, revision=self.commit, recursive=True)
+            files = [entry for entry in entries if isinstance(entry, RepoFile)]
             return {
                 entry.path: _Listed(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
-                for entry in entries
-                if isinstance(entry, RepoFile)
+                for entry in files
             }
 
         return self._ask(ask)
@@ -137,6 +146,11 @@ class HubFolder(Folder):
                     return question(HfApi(endpoint=self.endpoint))
             except PassingFault as fault:
                 patience.wait(fault)
+            except (KeyError, TypeError, AttributeError, ValueError) as err:
+                raise RemoteFailure(
+                    f"{self.endpoint} does not answer as a hub does: {type(err).__name__} {err}",
+                    "Check HF_ENDPOINT.",
+                ) from None
 
     # ---- what a folder does ---------------------------------------------------------------------------
 
