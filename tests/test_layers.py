@@ -24,6 +24,7 @@ LEVEL = {
     "draft": 3,
     "serving": 3,
     "nano": 3,
+    "proof": 3,
     "bundle": 4,
     "publish": 5,
     "release": 6,
