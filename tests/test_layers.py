@@ -103,6 +103,23 @@ def test_an_import_that_goes_down_is_not() -> None:
     assert _complaints("release", text, ("packager", "release")) == []
 
 
+def test_the_proof_shares_no_code_with_what_it_proves() -> None:
+    independent = {"files", "dialect", "reference", "recompute"}
+    allowed = {"packager.errors", *(f"packager.proof.{name}" for name in independent)}
+    found = []
+    for name in sorted(independent):
+        text = (ROOT / f"packager/proof/{name}.py").read_text(encoding="utf-8")
+        for module, line in _imports(text, ("packager", "proof")):
+            if module.split(".")[0] in ("packager", "torch", "safetensors") and module not in allowed:
+                found.append(f"{name}.py:{line} imports {module}")
+    assert found == []
+    script = "import sys, packager.proof.recompute; print(sorted(m for m in sys.modules if 'packager' in m))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert set(ast.literal_eval(done.stdout)) == allowed | {"packager", "packager.proof"}
+
+
 def test_validation_imports_nothing_from_packager() -> None:
     found = []
     for path in sorted((ROOT / "validation").rglob("*.py")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -145,15 +146,17 @@ def _print_sealed(found: dict[str, Any], as_json: bool) -> None:
 
 def _print_proof_document(path: Path, against: str, proof: Proof) -> None:
     document = asdict(proof)
-    for role in document["roles"].values():
-        del role["signal"], role["noise"]
+    for row in (document, *document["roles"].values()):
+        for internal in ("signal", "noise"):
+            row.pop(internal, None)
+        if math.isinf(row["worst_relative_error"]):  # of a NaN code; JSON has no infinity
+            row["worst_relative_error"] = None
     totals = {"tensors": proof.tensors, "checked": proof.checked, "elements": proof.elements}
     click.echo(
         json.dumps(
             {"path": str(path), "against": against, "sound": proof.sound, **totals, **document},
             ensure_ascii=False,
             allow_nan=False,
-            default=str,
         )
     )
 
@@ -170,8 +173,10 @@ def _print_proof(proof: Proof) -> None:
         for title in ("tensors", "checked", "elements", "SNR dB", "largest relative error"):
             table.add_column(title, justify="right")
         for name, role in proof.roles.items():
-            ratio = "–" if not role.checked else "exact" if role.snr_db is None else f"{role.snr_db:.2f}"
-            worst = f"{100 * role.worst_relative_error:.2f} %" if role.checked else "–"
+            ratio = worst = "–"
+            if role.checked:
+                ratio = "exact" if role.noise == 0 else f"{role.snr_db:.2f}" if role.snr_db else "not finite"
+                worst = f"{100 * role.worst_relative_error:.2f} %"
             table.add_row(name, str(role.tensors), str(role.checked), f"{role.elements:,}", ratio, worst)
         console.print(table)
     for line in [*proof.problems, *map(str, proof.mismatches)][:_LISTED]:

@@ -67,7 +67,7 @@ class RoleProof:
     elements: int = 0
     """Of the checked tensors."""
     snr_db: float | None = None
-    """Of the checked tensors, source against code x scale; None where they are equal."""
+    """Of the checked tensors, source against code x scale; None where they are equal or not finite."""
     worst_relative_error: float = 0.0
     """Over elements of at least 2**-6 scales, the normal numbers of E4M3: at most 1/17 if all is right."""
     signal: float = field(default=0.0, repr=False)
