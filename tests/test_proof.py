@@ -65,7 +65,7 @@ def damaged(checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Any]],
 
 
 def every_quotient_that_matters() -> NDArray[np.float32]:
-    """All E4M3 numbers, all middles between two, the float32 numbers next to each, both signs, and extremes."""
+    """All E4M3 numbers, the middles between them, the float32 numbers next to each, and random ones."""
     grid = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     grid = np.unique(grid[np.isfinite(grid)])
     points = np.concatenate([grid, (grid[:-1] + grid[1:]) / 2, [np.float32(0.0), np.float32(-0.0)]])
@@ -223,7 +223,7 @@ def test_one_changed_scale_is_found_and_so_are_the_codes_under_it(
     scale = "model.layers.0.mlp.down_proj.weight_scale" + ("_inv" if name == "deepseek" else "")
 
     def change(tensors: dict[str, Any]) -> None:
-        tensors[scale][0, 1] *= 1.0009765625
+        tensors[scale][0, 1] *= 1.03125
 
     proof = proof_of(damaged(checkpoints[name], tmp_path, change), source)
     found = {mismatch.kind: mismatch for mismatch in proof.mismatches}
