@@ -1,4 +1,4 @@
-"""Two checkpoints of one model, weight by weight, after dequantization; and their scales, if both have any."""
+"""Two checkpoints of one model, weight by weight, after dequantization; and their scales."""
 
 from __future__ import annotations
 
