@@ -56,8 +56,8 @@ def their_weights(path: Path, dialect: Dialect) -> dict[str, Any]:
     if dialect == "compressed-tensors":
         converter = CompressedTensorsDequantizer(str(path), dtype=torch.float32)
     else:
-        converter = FP8BlockDequantizer(targets=[r"re:.*_proj$", r"re:.*\.attention\.(query_key_value|dense)$"],
-                                        dtype=torch.float32)  # fmt: skip
+        projections = [r"re:.*_proj$", r"re:.*\.attention\.(query_key_value|dense)$"]
+        converter = FP8BlockDequantizer(targets=projections, dtype=torch.float32)
     stored = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
     return dict(converter.validate(stored))
 

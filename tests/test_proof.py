@@ -20,6 +20,7 @@ from packager.errors import BadInput
 from packager.proof import reference
 from packager.proof.files import WeightFiles
 from packager.proof.recompute import Proof, role_of, verify_against
+from packager.proof.structure import check_structure
 from packager.quantize import quantize, relabel
 from packager.recipe import QuantizeSpec
 
@@ -155,6 +156,47 @@ def test_shapes_that_cut_blocks_and_other_dtypes_agree_too(rounding: str, dtype:
     proof = proof_of(convert(source, tmp_path / "out", rounding), source, workers=2)
     assert proof.sound, [*proof.problems, *proof.mismatches]
     assert proof.checked == 22
+
+
+def test_one_scale_a_row_is_proved_too(source: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    originals = their_tensors(source)
+
+    def change(tensors: dict[str, Any]) -> None:
+        for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn]:
+            wide = originals[name].float()
+            scales = wide.abs().amax(dim=1, keepdim=True) / 448
+            tensors[name] = (wide / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[name + "_scale"] = scales
+
+    def by_channel(config: dict[str, Any]) -> None:
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["weights"].update(strategy="channel", block_structure=None)
+        group["input_activations"].update(strategy="token", group_size=None)
+
+    path = damaged(checkpoints["float32"], tmp_path, change)
+    configure(path, by_channel)
+    proof = proof_of(path, source)
+    assert proof.sound, [*proof.problems, *proof.mismatches]
+    assert (proof.scheme, proof.rounding, proof.checked) == ("fp8-channel", "float32", 22)
+    found = check_structure(path)
+    assert found.sound, list(map(str, found.problems))
+    assert [split.size for split in found.parallel if split.possible] == [1, 2]
+
+    def halve(tensors: dict[str, Any]) -> None:
+        tensors[EXPERT + "_scale"][5] *= 0.5
+
+    rewrite(path, halve)
+    (scale, code) = proof_of(path, source).mismatches
+    assert (scale.tensor, scale.position) == (EXPERT + "_scale", (5, 0))
+    assert (code.tensor, code.position[0]) == (EXPERT, 5)
+
+
+def their_tensors(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_a_sample_is_the_same_each_time_and_spread_over_roles_and_layers(

@@ -338,6 +338,22 @@ def test_prediction_layers_are_for_sglang_and_not_for_vllm(tmp_path: Path) -> No
     assert "the config says 0, the weights hold 1" in str(the_one(check_structure(path), "engine"))
 
 
+def test_a_skip_that_the_two_engines_read_differently_is_told_to_the_one_it_harms(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    skips = ["experts"]  # no module's whole name, but part of many: SGLang takes it, vLLM does not
+    found = damaged(
+        checkpoints["deepseek"],
+        tmp_path,
+        lambda path: configure(
+            path, lambda config: config["quantization_config"]["modules_to_not_convert"].extend(skips)
+        ),
+    )
+    assert found.sound and check_structure(tmp_path / "copy", engine="vllm").sound
+    problem = the_one(check_structure(tmp_path / "copy", engine="sglang"), "engine")
+    assert "takes 12 FP8 weights for skipped" in problem.detail
+
+
 def test_experts_of_one_layer_are_all_fp8_or_none(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     import torch
 

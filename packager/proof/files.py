@@ -102,7 +102,7 @@ class WeightFiles:
         for name in present:
             try:
                 tensors = _header(path / name)
-            except (OSError, ValueError) as err:
+            except (OSError, ValueError, RecursionError) as err:
                 found.problems.append(f"{name}: {err}")
                 continue
             for tensor in tensors:
