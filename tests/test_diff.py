@@ -136,5 +136,15 @@ def test_the_verb_prints_80_columns_and_one_sound_document(
     assert run([*arguments, "--by-layer"]) == 0
     table = capsys.readouterr().out
     assert max(map(len, table.splitlines())) <= 80
-    for part in ("role", "layer", "SNR dB", "not finite", "scales: ", "13 weights equal, 22 differ"):
+    assert found["differing"][0]["name"] == DOWN
+    for part in (
+        f"{DOWN} ",
+        "F8_E4M3, first at [0, 0]",
+        "role",
+        "layer",
+        "SNR dB",
+        "not finite",
+        "scales: ",
+        "13 weights equal, 22 differ",
+    ):
         assert part in table

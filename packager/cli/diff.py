@@ -73,15 +73,14 @@ def _print_weights(found: Comparison, limit: int, console: Console) -> None:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("weight", overflow="fold")
-    table.add_column("stored as", no_wrap=True)
-    for title in ("differ", "first at", "SNR dB", "largest"):
+    for title in ("differ", "SNR dB", "largest"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in found.differing[:limit]:
         ratio = "not finite" if row.snr_db is None else f"{row.snr_db:.2f}"
         kinds = "/".join(dict.fromkeys(row.dtypes))
         largest = "not finite" if row.max_abs is None else f"{row.max_abs:.3g}"
-        place = ",".join(map(str, row.first))
-        table.add_row(escape(row.name), kinds, str(row.elements), place, ratio, largest)
+        table.add_row(escape(row.name), str(row.elements), ratio, largest)
+        table.add_row(escape(f"  {kinds}, first at {list(row.first)}"))
     console.print(table)
     click.echo()
 
