@@ -25,6 +25,7 @@ LEVEL = {
     "draft": 3,
     "serving": 3,
     "nano": 3,
+    "proof": 3,
     "bundle": 4,
     "publish": 5,
     "release": 6,
@@ -102,6 +103,26 @@ def test_an_import_that_goes_up_or_sideways_is_found(room: str, text: str) -> No
 def test_an_import_that_goes_down_is_not() -> None:
     text = "from packager.quantize import quantize\nfrom .plan import plan_release\nimport validation.gates"
     assert _complaints("release", text, ("packager", "release")) == []
+
+
+def test_the_proof_shares_no_code_with_what_it_proves() -> None:
+    independent = {"files", "dialect", "reference", "recompute"}
+    allowed = {"packager.errors", "packager.proof", *(f"packager.proof.{name}" for name in independent)}
+    found = []
+    for name in sorted(independent):
+        text = (ROOT / f"packager/proof/{name}.py").read_text(encoding="utf-8")
+        for module, line in _imports(text, ("packager", "proof")):
+            if module.split(".")[0] in ("packager", "torch", "safetensors") and module not in allowed:
+                found.append(f"{name}.py:{line} imports {module}")
+    assert found == []
+    script = (
+        "import sys, packager.proof.recompute\n"
+        "print([name for name in sys.modules if name.partition('.')[0] == 'packager'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert set(ast.literal_eval(done.stdout)) == allowed | {"packager"}
 
 
 def test_validation_imports_nothing_from_packager() -> None:

@@ -1,4 +1,4 @@
-"""`packager validate`: measure a server that is running, and judge the figures."""
+"""`packager validate`: measure a server that is running, or check a checkpoint, and judge what is found."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from packager.cli.validate_structure import structure
 from packager.errors import BadInput, GateFailed
 
 if TYPE_CHECKING:
@@ -22,11 +23,14 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.group()
 def command() -> None:
-    """Measure a running OpenAI-compatible server and judge the figures.
+    """Measure a running OpenAI-compatible server and judge the figures, or check a checkpoint's structure.
 
-    Start one with `packager serve`. Answers are kept in the cache folder: a command that was killed goes on
-    where it stopped, and an item that was answered is never asked again for the same --subject.
+    Start a server with `packager serve`. Answers are kept in the cache folder: a command that was killed goes
+    on where it stopped, and an item that was answered is never asked again for the same --subject.
     """
+
+
+command.add_command(structure)
 
 
 def _server(function: F) -> F:

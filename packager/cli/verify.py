@@ -1,32 +1,99 @@
-"""`packager verify`: is this what was sealed, signed and measured?"""
+"""`packager verify`: is this what was sealed, signed and measured, and does it follow from its source?"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
+
+from packager.errors import IntegrityFailure
+
+if TYPE_CHECKING:
+    from packager.proof.recompute import Proof
+
+_DEFAULT_SAMPLE = 100
+_LISTED = 20
 
 
 @click.command()
 @click.argument("what", metavar="PATH|hf://REPO@REVISION")
 @click.option("--key", type=click.Path(path_type=Path), help="The publisher's public key (`.pub`).")
+@click.option("--against", metavar="SOURCE", help="Recompute the FP8 weights of PATH from this checkpoint.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    help=f"Weights to recompute, spread over roles and layers.  [default: {_DEFAULT_SAMPLE}]",
+)
+@click.option("--all", "everything", is_flag=True, help="Recompute all of them.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+@click.option(
+    "--scale-rounding",
+    type=click.Choice(["power-of-two", "float32"]),
+    help="How the scales were rounded, where no manifest says it.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads; each takes a few MB.  [default: one a core]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def command(what: str, key: Path | None, as_json: bool) -> None:
+def command(
+    what: str,
+    key: Path | None,
+    against: str | None,
+    sample: int | None,
+    everything: bool,
+    seed: int,
+    scale_rounding: Literal["power-of-two", "float32"] | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
     """Check a bundle, or any sealed artifact, byte by byte.
 
     PATH is a bundle, a download of one (hub cache or --local-dir), or a stage's folder. hf://REPO@REVISION
     is downloaded into the hub cache first. Without --key the signature's file list is compared, but who made
     it is not proved.
+
+    With --against, PATH is any FP8 checkpoint and SOURCE the one it was made from. A second implementation,
+    in NumPy, recomputes scales and codes of a sample, or of all weights, and compares every other tensor
+    byte by byte; hashes and signatures are not looked at.
     """
-    path = _located(what)
-    found = _verified(path, key)
-    if as_json:
-        click.echo(json.dumps(found))
+    if against is None:
+        if sample is not None or everything or scale_rounding is not None:
+            raise click.UsageError("--sample, --all and --scale-rounding need --against SOURCE")
+        _print_sealed(_verified(_located(what), key), as_json)
         return
-    for name, value in found.items():
-        click.echo(f"{name:<10} {value}")
+    if key is not None:
+        raise click.UsageError("--key is for a seal; with --against, values are compared")
+    if sample is not None and everything:
+        raise click.UsageError("--sample and --all exclude each other")
+    from packager.checkpoint.source import locate
+    from packager.proof.recompute import verify_against
+
+    path = _located(what)
+    proof = verify_against(
+        path,
+        locate(against),
+        sample=None if everything else sample or _DEFAULT_SAMPLE,
+        seed=seed,
+        rounding=scale_rounding,
+        workers=workers or os.cpu_count() or 1,
+        progress=lambda line: click.echo(line, err=True),
+    )
+    if as_json:
+        _print_proof_document(path, against, proof)
+    else:
+        _print_proof(proof)
+    if not proof.sound:
+        first = proof.problems[0] if proof.problems else str(proof.mismatches[0])
+        raise IntegrityFailure(
+            f"{path} does not follow from {against}: {len(proof.problems) + len(proof.mismatches)} fault(s), "
+            f"the first: {first}",
+            "Quantize the source again; if the fault comes back, report it with the lines above.",
+        )
 
 
 def _located(what: str) -> Path:
@@ -67,3 +134,60 @@ def _verified(path: Path, key: Path | None) -> dict[str, Any]:
         "gates": gates.outcome + (f" (override: {gates.override})" if gates.override else ""),
         "verdict": "as sealed",
     }
+
+
+def _print_sealed(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        click.echo(f"{name:<10} {value}")
+
+
+def _print_proof_document(path: Path, against: str, proof: Proof) -> None:
+    document = asdict(proof)
+    for row in (document, *document["roles"].values()):
+        for internal in ("signal", "noise"):
+            row.pop(internal, None)
+        if math.isinf(row["worst_relative_error"]):  # of a NaN code; JSON has no infinity
+            row["worst_relative_error"] = None
+    totals = {"tensors": proof.tensors, "checked": proof.checked, "elements": proof.elements}
+    click.echo(
+        json.dumps(
+            {"path": str(path), "against": against, "sound": proof.sound, **totals, **document},
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+    )
+
+
+def _print_proof(proof: Proof) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if proof.roles:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("weights", no_wrap=True)
+        for title in ("tensors", "checked", "elements", "SNR dB", "largest relative error"):
+            table.add_column(title, justify="right")
+        for name, role in proof.roles.items():
+            ratio = worst = "–"
+            if role.checked:
+                ratio = "exact" if role.noise == 0 else f"{role.snr_db:.2f}" if role.snr_db else "not finite"
+                worst = f"{100 * role.worst_relative_error:.2f} %"
+            table.add_row(name, str(role.tensors), str(role.checked), f"{role.elements:,}", ratio, worst)
+        console.print(table)
+    for line in [*proof.problems, *map(str, proof.mismatches)][:_LISTED]:
+        console.print(escape(line), soft_wrap=True)
+    faults = len(proof.problems) + len(proof.mismatches)
+    if faults > _LISTED:
+        console.print(f"… and {faults - _LISTED} more")
+    rule = f"{proof.scheme}, {proof.rounding} scales (by {proof.rounding_from})" if proof.rounding else "–"
+    click.echo(f"scheme     {rule}")
+    click.echo(f"recomputed {proof.elements:,} elements of {proof.checked} of {proof.tensors} weights")
+    click.echo(f"kept       {proof.kept} other tensors have the bytes of the source")
+    if proof.left_out:
+        click.echo(f"left out   {proof.left_out} tensors of multi-token prediction layers")
+    click.echo(f"verdict    {'follows from its source' if proof.sound else f'{faults} faults'}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from packager.checkpoint.header import TensorInfo
-from packager.checkpoint.source import CONFIG_NAME, Checkpoint, TensorReader
+from packager.checkpoint.source import CONFIG_NAME, Checkpoint, TensorReader, numpy_dtype
 from packager.errors import BadInput
 from packager.layouts import Expected, Model, recognise, require_layout
 from packager.quantize.dialects import (
@@ -50,7 +50,7 @@ class WeightCheckpoint:
         """
         checkpoint = Checkpoint.open(source)
         raw = checkpoint.config()
-        model = recognise(raw, str(checkpoint.path / CONFIG_NAME))
+        model = recognise(raw, checkpoint.folder.where(CONFIG_NAME))
         quantization = read_quantization(quantization_of(raw))
         found = checkpoint.tensors
         layout = [want for want in model.tensors_in(found) if not want.optional or want.name in found]
@@ -92,17 +92,21 @@ class WeightCheckpoint:
         return np.concatenate(list(self.slabs(reader, weight)))
 
     def slabs(self, reader: TensorReader, weight: str) -> Iterator[NDArray[np.float32]]:
-        """A quantized weight [N, K] from its first row to its last, some rows [R, K] at a time, as float32.
+        """A weight [N, K] from its first row to its last, some rows [R, K] at a time, as float32.
+
+        A vector [N] is taken for [N, 1]. The cuts depend on the shape alone.
 
         Raises:
             BadInput: INT4 codes whose stored shape is another than the config's.
         """
+        if not self.is_quantized(weight):
+            yield from self._stored_slabs(reader, self.checkpoint.tensors[weight])
+            return
         assert self.quantization is not None
         codes, scale, *others = (self.checkpoint.tensors[part.name] for part in self.quantized[weight])
         scheme = self.quantization
         columns = codes.shape[1] * (8 if scheme.scheme == "int4" else 1)
-        # Whole blocks, so that no scale is cut in two.
-        step = max(_SLAB_ELEMENTS // columns // BLOCK, 1) * BLOCK
+        step = _rows_at_once(columns)
         scales, zero_points = reader.array(scale), None
         if scheme.scheme == "int4":
             columns = self._int4_columns(reader, weight, others[0])
@@ -112,6 +116,20 @@ class WeightCheckpoint:
             last = min(first + step, codes.shape[0])
             data = reader.bytes(codes, first * row_bytes, last * row_bytes).reshape(last - first, -1)
             yield _dequantized(data, first, scales, zero_points, columns, scheme)
+
+    def _stored_slabs(self, reader: TensorReader, info: TensorInfo) -> Iterator[NDArray[np.float32]]:
+        import numpy as np
+
+        columns, dtype = (info.shape[1] if len(info.shape) > 1 else 1), numpy_dtype(info.dtype)
+        step, row_bytes = _rows_at_once(columns), columns * dtype.itemsize
+        for first in range(0, info.shape[0], step):
+            last = min(first + step, info.shape[0])
+            data = reader.bytes(info, first * row_bytes, last * row_bytes)
+            yield data.view(dtype).reshape(last - first, columns).astype(np.float32)
+
+    def scale(self, weight: str) -> TensorInfo:
+        """The scale tensor of a quantized weight."""
+        return self.checkpoint.tensors[self.quantized[weight][1].name]
 
     def _int4_columns(self, reader: TensorReader, weight: str, info: TensorInfo) -> int:
         shape, stored = self._shapes[weight], tuple(int(size) for size in reader.array(info))
@@ -126,6 +144,11 @@ class WeightCheckpoint:
     def scale_names(self) -> set[str]:
         """Names of all tensors beside weights and codes: scales, and for INT4 shapes and zero points."""
         return {part.name for parts in self.quantized.values() for part in parts[1:]}
+
+
+def _rows_at_once(columns: int) -> int:
+    # Whole blocks, so that no scale is cut in two.
+    return max(_SLAB_ELEMENTS // columns // BLOCK, 1) * BLOCK
 
 
 def _dequantized(
