@@ -90,7 +90,7 @@ def test_compressed_tensors_decompresses_our_files_to_the_same_numbers(
             rounded = theirs[name].to(torch.bfloat16).view(torch.uint8).numpy()
             assert np.array_equal(ours, rounded.reshape(-1)), name
             compared += tensor.count
-    assert compared > 400_000
+    assert compared > 300_000
     assert set(theirs) == set(bf16.tensors)
 
 
