@@ -110,10 +110,10 @@ def test_both_roundings_of_scales_are_at_most_a_factor_of_two_apart(checkpoints:
 def test_slabs_give_what_whole_tensors_give(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from packager.quantize import compare
+    from packager.quantize import quantized
 
     whole = diff(checkpoints["bf16"], checkpoints["ds"])
-    monkeypatch.setattr(compare, "_SLAB_ELEMENTS", 1)
+    monkeypatch.setattr(quantized, "_SLAB_ELEMENTS", 1)
     pieces = diff(checkpoints["bf16"], checkpoints["ds"])
     assert [(row.name, row.snr_db, row.elements, row.first) for row in whole.differing] == [
         (row.name, row.snr_db, row.elements, row.first) for row in pieces.differing
