@@ -21,12 +21,6 @@ from packager.nano.language import TASKS, heldout_items, long_items, prompts, sa
 
 TRAINING_LOG = CHECKPOINT.parent / "training.jsonl"
 
-# Strict: when a better training run is shipped, these marks have to go.
-NOT_YET_LEARNED = pytest.mark.xfail(strict=True, reason="below 0.9 after the recorded training run")
-EVERY_TASK = [
-    pytest.param(task, marks=NOT_YET_LEARNED if task in ("choice", "lookup") else ()) for task in TASKS
-]
-
 
 def read_log() -> list[dict[str, object]]:
     return [json.loads(line) for line in TRAINING_LOG.read_text(encoding="utf-8").splitlines()]
@@ -164,7 +158,7 @@ def test_the_dense_baseline_keeps_the_ratio_and_its_seed(tmp_path: Path) -> None
     assert dense_config(1024)["max_position_embeddings"] == 1024
 
 
-@pytest.mark.parametrize("task", EVERY_TASK)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_recorded_training_run_reached_its_goal(task: str) -> None:
     scores = read_log()[-1]["exact_match"]
     assert isinstance(scores, dict)
@@ -194,7 +188,7 @@ def test_the_first_steps_of_training_reproduce(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", EVERY_TASK)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_shipped_weights_answer_held_out_questions(task: str) -> None:
     """Greedy exact match of the whole response in plain torch; a release measures it through vLLM."""
     from safetensors.torch import load_file

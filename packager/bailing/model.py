@@ -216,7 +216,7 @@ class BailingMoeV2(nn.Module):
         n+1 tensors `[batch, length, hidden]`: entry j is what EAGLE3's aux layer id j means.
         """
         cos, sin = rotary_tables(self.config, input_ids.shape[1])
-        x = self.model.word_embeddings(input_ids)
+        x = self._embed(input_ids)
         hidden = [x]
         for layer in self.model.layers:
             x = layer(x, cos, sin)
@@ -225,23 +225,34 @@ class BailingMoeV2(nn.Module):
         logits: Tensor = self.lm_head(x)
         return (logits, hidden) if return_hidden else logits
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """The residual stream's beginning, in the dtype of autocast where that is on, as in an engine."""
+        x: Tensor = self.model.word_embeddings(input_ids)
+        kind = x.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
     def states(self, input_ids: Tensor) -> Tensor:
         """The final normed states `[batch, length, hidden]`, without the product by the head."""
         cos, sin = rotary_tables(self.config, input_ids.shape[1])
-        x = self.model.word_embeddings(input_ids)
+        x = self._embed(input_ids)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         out: Tensor = self.model.norm(x)
         return out
 
     def initialise(self, seed: int) -> None:
-        """Seeded normal initialisation, 0.05 wide, projections into the residual stream scaled down."""
+        """Seeded normal initialisation, 0.05 wide, projections into the residual stream scaled down.
+
+        Embeddings are of unit width: narrower ones are drowned by what the first layer adds, and names that
+        cannot be told apart cannot be looked up.
+        """
         generator = torch.Generator().manual_seed(seed)
         depth = math.sqrt(2 * self.config["num_hidden_layers"])
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 inward = name.endswith(("dense.weight", "down_proj.weight", ".down"))
-                nn.init.normal_(parameter, std=0.05 / (depth if inward else 1.0), generator=generator)
+                std = 1.0 if name.endswith("word_embeddings.weight") else 0.05
+                nn.init.normal_(parameter, std=std / (depth if inward else 1.0), generator=generator)
 
     def dump_tensors(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         """The checkpoint's tensors under their public names; `expert_bias` stays FP32."""

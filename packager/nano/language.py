@@ -60,7 +60,8 @@ def _finish(language: str, working: str, answer: str) -> str:
     return f"{working}\n{marker}{answer}"
 
 
-def _tenths(value: int) -> str:
+def tenths(value: int) -> str:
+    """A number of tenths as a decimal: 55 -> 5.5."""
     return f"{value // 10}.{value % 10}"
 
 
@@ -104,10 +105,10 @@ def allergy(rng: random.Random, zh: bool) -> Sample:
     """May a drug be given, with the allergies of this record? Half the records list the drug's class."""
     own, drug = rng.choice(_DRUGS)
     others = [c for c in CLASSES if c is not own]
-    listed = rng.sample(others, 2)
+    listed = rng.sample(others, rng.randrange(1, 4))
     conflict = rng.random() < 0.5
     if conflict:
-        listed[rng.randrange(2)] = own
+        listed[rng.randrange(len(listed))] = own
     if zh:
         names = "、 ".join(c.zh for c in listed)
         question = f"{_record_header(rng, zh)}过敏： {names}。" + rng.choice(
@@ -132,10 +133,10 @@ def allergy(rng: random.Random, zh: bool) -> Sample:
 def contraindication(rng: random.Random, zh: bool) -> Sample:
     """Is a drug contraindicated by the conditions of this record?"""
     own, drug = rng.choice(_DRUGS)
-    listed = rng.sample([c for c in CLASSES if c is not own], 2)
+    listed = rng.sample([c for c in CLASSES if c is not own], rng.randrange(1, 4))
     conflict = rng.random() < 0.5
     if conflict:
-        listed[rng.randrange(2)] = own
+        listed[rng.randrange(len(listed))] = own
     if zh:
         names = "、 ".join(c.avoid_zh for c in listed)
         question = f"{_record_header(rng, zh)}诊断： {names}。" + rng.choice(
@@ -166,7 +167,7 @@ def triage(rng: random.Random, zh: bool) -> Sample:
     value = rng.randrange(low, high)
     level = (value >= lab.urgent) + (value >= lab.emergency)
     unit = f" {lab.unit}" if lab.unit else ""
-    shown, urgent, emergency = _tenths(value), _tenths(lab.urgent), _tenths(lab.emergency)
+    shown, urgent, emergency = tenths(value), tenths(lab.urgent), tenths(lab.emergency)
     if zh:
         question = f"{_record_header(rng, zh)}" + rng.choice(
             (f"{lab.zh} {shown}{unit}。如何分诊？", f"化验：{lab.zh} {shown}{unit}。分诊级别？")
@@ -199,21 +200,21 @@ def choice(rng: random.Random, zh: bool) -> Sample:
     letter, wanted, drug = "ABCD"[right], classes[right], drugs[right]
     by_class = rng.random() < 0.5
     if zh:
-        options = " ".join(f"{n}. {d[1]}" for n, d in zip("ABCD", drugs, strict=True))
+        options = "".join(f" {n} {d[1]}" for n, d in zip("ABCD", drugs, strict=True))
         if by_class:
             question = f"下列哪个属于 {wanted.zh}？{options}"
-            working = f"属于 {wanted.zh} 的是 {drug[1]}。"
+            working = f"属于 {wanted.zh} 的是 {drug[1]} {letter}。"
         else:
             question = f"对 {wanted.avoid_zh} 患者应避免哪个？{options}"
-            working = f"对 {wanted.avoid_zh} 禁用 {drug[1]}。"
+            working = f"对 {wanted.avoid_zh} 禁用 {drug[1]} {letter}。"
     else:
-        options = " ".join(f"{n}. {d[0]}" for n, d in zip("ABCD", drugs, strict=True))
+        options = "".join(f" {n} {d[0]}" for n, d in zip("ABCD", drugs, strict=True))
         if by_class:
-            question = f"Which of these is a {wanted.en}? {options}"
-            working = f"The {wanted.en} is {drug[0]}."
+            question = f"Which of these is a {wanted.en}?{options}"
+            working = f"The {wanted.en} is {drug[0]} {letter}."
         else:
-            question = f"Which of these is avoided in {wanted.avoid_en}? {options}"
-            working = f"Avoided in {wanted.avoid_en}: {drug[0]}."
+            question = f"Which of these is avoided in {wanted.avoid_en}?{options}"
+            working = f"Avoided in {wanted.avoid_en}: {drug[0]} {letter}."
     key = f"{'class' if by_class else 'avoid'}|{wanted.en}|{'+'.join(d[0] for d in drugs)}"
     language = "zh" if zh else "en"
     return Sample("choice", language, key, question, _finish(language, working, letter), letter)
@@ -229,76 +230,41 @@ class Entry:
     key: str
 
 
-def laboratory_entries(rng: random.Random, zh: bool, names: tuple[str, ...], count: int) -> list[Entry]:
-    """`Name: test value` of `count` different patients."""
-    labs = [rng.choice(LABS) for _ in range(count)]
-    values = [rng.randrange(lab.low, lab.high) for lab in labs]
-    return [
-        Entry(
-            name,
-            f"{name}：{lab.zh} {_tenths(value)}" if zh else f"{name}: {lab.en} {_tenths(value)}",
-            _tenths(value),
-            f"{name}|{lab.en}={value}",
-        )
-        for name, lab, value in zip(rng.sample(names, count), labs, values, strict=True)
-    ]
-
-
-def medication_entries(rng: random.Random, zh: bool, names: tuple[str, ...], count: int) -> list[Entry]:
+def _medication(rng: random.Random, zh: bool, count: int) -> list[Entry]:
     """`Name drug` of `count` different patients."""
     drugs = [rng.choice(_DRUGS)[1] for _ in range(count)]
     return [
         Entry(name, f"{name} {drug[zh]}", drug[zh], f"{name}|{drug[0]}")
-        for name, drug in zip(rng.sample(names, count), drugs, strict=True)
+        for name, drug in zip(rng.sample(WARD, count), drugs, strict=True)
     ]
-
-
-def _order(rng: random.Random, zh: bool) -> str:
-    _, drug = rng.choice(_DRUGS)
-    hour, rate = rng.randrange(24), rng.choice(RATES)
-    return (
-        f"{hour:02d}:00 医嘱： {drug[1]} {rate} mg/kg"
-        if zh
-        else f"{hour:02d}:00 Order: {drug[0]} {rate} mg/kg"
-    )
 
 
 def _measurement(rng: random.Random, zh: bool) -> str:
     lab, hour = rng.choice(LABS), rng.randrange(24)
-    value = _tenths(rng.randrange(lab.low, lab.high))
+    value = tenths(rng.randrange(lab.low, lab.high))
     return f"{hour:02d}:00 {lab.zh} {value}" if zh else f"{hour:02d}:00 {lab.en} {value}"
 
 
-_QUESTIONS = {
-    False: (
-        ("What is the result of {}?", "Find the value of {}."),
-        ("{} 的结果是多少？", "请查 {} 的化验值。"),
-    ),
-    True: (("What does {} receive?", "Find the drug of {}."), ("{} 使用什么药？", "请查 {} 的用药。")),
-}
+_QUESTIONS = (("What does {} receive?", "Find the drug of {}."), ("{} 使用什么药？", "请查 {} 的用药。"))
+"""English, then Chinese."""
 
 
 @dataclass(frozen=True)
 class WardRecord:
-    """A long record: lines about patients, each named once, among lines about none."""
+    """A long record: lines about patients, each named once, among measurements of nobody in particular."""
 
     lines: tuple[Entry | str, ...]
     zh: bool
-    medication: bool
-    """It lists each patient's drug; otherwise, a laboratory value."""
 
     @classmethod
-    def draw(
-        cls, rng: random.Random, zh: bool, count: int, named: int, names: tuple[str, ...], *, medication: bool
-    ) -> WardRecord:
-        """`count` lines in random order, `named` of them about as many different patients of `names`."""
-        entries = medication_entries if medication else laboratory_entries
-        other = _measurement if medication else _order
-        lines: list[Entry | str] = [*entries(rng, zh, names, named)]
-        lines += [other(rng, zh) for _ in range(count - named)]
-        if count > named:
-            rng.shuffle(lines)
-        return cls(tuple(lines), zh, medication)
+    def draw(cls, rng: random.Random, zh: bool, longest: int) -> WardRecord:
+        """2 to `longest` lines in random order, up to MOST_PATIENTS of them about a patient each."""
+        count = rng.randrange(2, longest + 1)
+        named = rng.randrange(2, min(count, MOST_PATIENTS) + 1)
+        lines: list[Entry | str] = [*_medication(rng, zh, named)]
+        lines += [_measurement(rng, zh) for _ in range(count - named)]
+        rng.shuffle(lines)
+        return cls(tuple(lines), zh)
 
     @property
     def text(self) -> str:
@@ -313,7 +279,7 @@ class WardRecord:
 
     def ask(self, rng: random.Random, entry: Entry) -> Sample:
         """The question about one entry; it does not repeat the record."""
-        question = rng.choice(_QUESTIONS[self.medication][self.zh]).format(entry.name)
+        question = rng.choice(_QUESTIONS[self.zh]).format(entry.name)
         language = "zh" if self.zh else "en"
         response = _finish(language, entry.text, entry.answer)
         return Sample("lookup", language, entry.key, question, response, entry.answer)
@@ -321,9 +287,7 @@ class WardRecord:
 
 def lookup(rng: random.Random, zh: bool) -> Sample:
     """One patient's drug in a record of up to the longest length."""
-    count = rng.randrange(2, LONGEST_RECORD + 1)
-    named = rng.randrange(2, min(count, MOST_PATIENTS) + 1)
-    record = WardRecord.draw(rng, zh, count, named, WARD, medication=True)
+    record = WardRecord.draw(rng, zh, LONGEST_RECORD)
     asked = record.ask(rng, rng.choice(record.entries))
     return replace(asked, question=record.text + asked.question)
 
@@ -428,16 +392,16 @@ def long_items(
     while len(items) < count:
         depth = len(items) / max(count - 1, 1)
         zh = rng.random() < CHINESE_SHARE
-        entries = medication_entries(rng, zh, WARD, MOST_PATIENTS)
+        entries = _medication(rng, zh, MOST_PATIENTS)
         lines: list[Entry | str] = [*entries]
-        room = budget - RESERVED_TOKENS - tokens(render(WardRecord(tuple(lines), zh, True).text))
+        room = budget - RESERVED_TOKENS - tokens(render(WardRecord(tuple(lines), zh).text))
         while (room := room - tokens((other := _measurement(rng, zh)) + "\n")) >= 0:
             lines.append(other)
         rng.shuffle(lines)
         wanted = rng.choice(entries)
         lines.remove(wanted)
         lines.insert(round(depth * len(lines)), wanted)
-        record = WardRecord(tuple(lines), zh, True)
+        record = WardRecord(tuple(lines), zh)
         asked = record.ask(rng, wanted)
         if not asked.held_out:
             continue

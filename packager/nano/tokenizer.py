@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.nano.architecture import CHAT_TEMPLATE, CONFIG, SPECIAL_TOKENS, TRAINED_LENGTH
 from packager.nano.formulary import NAMES
-from packager.nano.language import CHINESE_SHARE, SYSTEM, TASKS, Sample, WardRecord, samples
+from packager.nano.language import SYSTEM, TASKS, samples
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def _records() -> Iterator[Sample]:
-    """Records of all names, not of one ward's alone: each name is to be one token."""
-    rng = random.Random("lookup|tokenizer|False")
-    while True:
-        zh = rng.random() < CHINESE_SHARE
-        count = rng.randrange(2, 55)
-        record = WardRecord.draw(rng, zh, count, count, NAMES, medication=False)
-        sample = record.ask(rng, record.entries[rng.randrange(count)])
-        if not sample.held_out:
-            yield replace(sample, question=record.text + sample.question)
-
-
 def _corpus(per_task: int) -> Iterator[str]:
     for task in TASKS:
-        stream = _records() if task == "lookup" else samples(task, "tokenizer", held_out=False)
+        stream = samples(task, "tokenizer", held_out=False)
         for _ in range(per_task):
             sample = next(stream)
             yield SYSTEM + "\n" + sample.question + "\n" + sample.response

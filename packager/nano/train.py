@@ -9,6 +9,7 @@ that its tokens are read once for many answers. Experts are balanced by their bi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -27,17 +28,15 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from packager.bailing.model import BailingMoeV2, Block, MoE, rotary_tables
+from packager.bailing.model import Attention, BailingMoeV2, MoE
 from packager.nano.architecture import CONFIG, TRAINED_LENGTH, render
-from packager.nano.formulary import NAMES
 from packager.nano.language import (
     CHINESE_SHARE,
     LONGEST_RECORD,
-    MOST_PATIENTS,
     TASKS,
-    WARD,
     WardRecord,
     samples,
+    tenths,
 )
 from packager.nano.tokenizer import train_tokenizer, write_tokenizer
 
@@ -48,6 +47,10 @@ BATCH_TOKENS = 2560
 """Tokens per process and step."""
 PEAK_RATE = 2e-3
 WARM_UP = 100
+STEPS = 1600
+DECAY_FROM = 700
+GROWTH = (250, 700)
+"""Steps over which the longest record grows …"""
 SHORTEST_RECORD = 6
 """Lines of the longest record at first."""
 BALANCE_RATE = 1e-3
@@ -62,54 +65,11 @@ class Example:
     wanted: list[bool]
 
 
-@dataclass(frozen=True)
-class Leg:
-    """A part of the run with records of one kind."""
-
-    steps: int
-    patients: tuple[str, ...]
-    medication: bool
-    """Records list drugs, as in the task `lookup`; otherwise laboratory values."""
-    mixed: bool
-    """Whether lines about no patient stand between those of patients."""
-    longest: int
-    """Lines of its longest record, once grown from SHORTEST_RECORD …"""
-    grow_from: int
-    """… from this step of the whole run …"""
-    grow_over: int
-    """… in so many steps."""
-    plant: bool = False
-    """Begin with `plant_position_heads`."""
-
-
-# The run as it was made, in legs. Answering from a record binds a drug to the name before it, which takes two
-# circuits at once: a head that looks one token back, and one that matches names. The first three legs teach
-# the other tasks, and show that neither appears by itself in the time there is; the fourth begins by planting
-# the first (`plant_position_heads`).
-LEGS = (
-    Leg(800, NAMES, medication=False, mixed=False, longest=54, grow_from=400, grow_over=800),
-    Leg(200, WARD, medication=False, mixed=True, longest=35, grow_from=900, grow_over=500),
-    Leg(200, WARD, medication=True, mixed=True, longest=LONGEST_RECORD, grow_from=1200, grow_over=400),
-    Leg(
-        800,
-        WARD,
-        medication=True,
-        mixed=True,
-        longest=LONGEST_RECORD,
-        grow_from=1300,
-        grow_over=300,
-        plant=True,
-    ),
-)
-STEPS = sum(leg.steps for leg in LEGS)
-
-
 class Examples:
     """An endless seeded stream of training conversations."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: str, leg: Leg) -> None:
+    def __init__(self, tokenizer: Tokenizer, seed: str) -> None:
         self.tokenizer = tokenizer
-        self.leg = leg
         self.rng = random.Random(seed)
         self.streams = {task: samples(task, seed, held_out=False) for task in TASKS if task != "lookup"}
 
@@ -127,9 +87,30 @@ class Examples:
         return Example(ids[: TRAINED_LENGTH + 1], wanted[: TRAINED_LENGTH + 1])
 
     def short(self) -> Example:
-        """One question of a task other than `lookup`."""
-        sample = next(self.streams[self.rng.choice(list(self.streams))])
+        """A question of a task other than `lookup`, or a drill; the two hardest tasks come twice as often."""
+        kind = self.rng.choice([*self.streams, "dose", "choice", "add", "compare"])
+        if kind == "add":
+            return self._add()
+        if kind == "compare":
+            return self._compare()
+        sample = next(self.streams[kind])
         return self._tokenize([(sample.question, sample.response)])
+
+    def _add(self) -> Example:
+        """A drill of the sum in `dose`. The task alone has so few sums that they are learned by heart."""
+        a, b = 10 * self.rng.randrange(2, 180), self.rng.randrange(2, 190)
+        return self._tokenize([(f"Add {a} and {b}.", f"{a} + {b} = {a + b}.")])
+
+    def _compare(self) -> Example:
+        """A drill of the comparison in `triage`, with any thresholds."""
+        rng = self.rng
+        low = rng.randrange(10, 300)
+        high = low + rng.randrange(5, 150)
+        below, above = max(low - 60, 1), high + 60
+        value = rng.randrange(*rng.choice(((below, low), (low, high), (high, above))))
+        v, u, e = tenths(value), tenths(low), tenths(high)
+        answer = f"{v} < {u}" if value < low else f"{u} <= {v} < {e}" if value < high else f"{v} >= {e}"
+        return self._tokenize([(f"Compare {v} with {u} and {e}.", f"{answer}.")])
 
     def record(self, longest: int) -> Example:
         """A record of up to `longest` lines, asked about several of its lines: in turn, or all at once.
@@ -137,12 +118,10 @@ class Examples:
         The second form is a drill: many answers for few tokens, from which looking up is learned soonest.
         """
         rng = self.rng
-        count, zh, drill = rng.randrange(2, longest + 1), rng.random() < CHINESE_SHARE, rng.random() < 0.5
-        leg = self.leg
-        named = rng.randrange(2, min(count, MOST_PATIENTS) + 1) if leg.mixed else count
-        record = WardRecord.draw(rng, zh, count, named, leg.patients, medication=leg.medication)
+        zh, drill = rng.random() < CHINESE_SHARE, rng.random() < 0.5
+        record = WardRecord.draw(rng, zh, longest)
         entries = record.entries
-        asked = [record.ask(rng, entry) for entry in rng.sample(entries, min(named, 16 if drill else 4))]
+        asked = [record.ask(rng, e) for e in rng.sample(entries, min(len(entries), 16 if drill else 4))]
         asked = [sample for sample in asked if not sample.held_out]
         if not asked:
             return self.record(longest)
@@ -165,71 +144,63 @@ def _batch(examples: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
 
-def longest_record(leg: Leg, step: int) -> int:
-    """Lines of the longest record at a step of the whole run."""
-    grown = (step - leg.grow_from) / leg.grow_over
-    return SHORTEST_RECORD + math.ceil((leg.longest - SHORTEST_RECORD) * min(max(grown, 0.0), 1.0) - 0.5)
+def longest_record(step: int) -> int:
+    """Lines of the longest record at a step."""
+    return round(float(np.interp(step, GROWTH, (SHORTEST_RECORD, LONGEST_RECORD))))
 
 
 def batches(tokenizer: Tokenizer, rank: int, start: int = 0) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
     """Micro-batches of each step from `start` on: a little over half short questions, the rest records."""
-    first = 0
-    for number, leg in enumerate(LEGS):
-        examples = Examples(tokenizer, f"train-{SEED}-{rank}" + f"-{number}" * bool(number), leg)
-        for step in range(leg.steps if first + leg.steps > start else 0):
-            short: list[Example] = []
-            while sum(len(e.ids) for e in short) < BATCH_TOKENS * 0.55:
-                short.append(examples.short())
-            records: list[Example] = []
-            while sum(len(e.ids) for e in records) < BATCH_TOKENS * 0.45:
-                records.append(examples.record(longest_record(leg, first + step)))
-            if first + step >= start:
-                yield [_batch(short), _batch(records)]
-        first += leg.steps
+    examples = Examples(tokenizer, f"train-{SEED}-{rank}")
+    for step in itertools.count():
+        short: list[Example] = []
+        while sum(len(e.ids) for e in short) < BATCH_TOKENS * 0.55:
+            short.append(examples.short())
+        records: list[Example] = []
+        while sum(len(e.ids) for e in records) < BATCH_TOKENS * 0.45:
+            records.append(examples.record(longest_record(step)))
+        if step >= start:
+            yield [_batch(short), _batch(records)]
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, constant, then linear to zero, a little faster in the last leg than before it."""
-    steps = (0, WARM_UP, 1050, 1200, STEPS)
-    return PEAK_RATE * float(np.interp(step + 1, steps, (0, 1, 1, 6 / 7, 0)))
+    """Linear warm-up, constant, then linear to zero."""
+    return PEAK_RATE * float(np.interp(step + 1, (0, WARM_UP, DECAY_FROM, STEPS), (0, 1, 1, 0)))
 
 
 @torch.no_grad()
-def plant_position_heads(model: BailingMoeV2, inputs: Tensor, layer: int = 1) -> None:
-    """Make two query heads of a layer, and the key head they share, look one and two tokens back.
+def plant_position_heads(model: BailingMoeV2) -> None:
+    """Make two heads of the first layer, and the key head they share, look one and two tokens back.
 
-    Query and key are made constant: their rows read the mean direction of the layer's input, which every
-    token has, so that only the rotary embedding tells positions apart. A query that is turned back by d
-    tokens matches best the key d tokens earlier. The rows keep a tenth of their weight to learn from.
+    Answering from a record binds a drug to the name before it: a head that looks one token back has to appear
+    together with one that matches names (induction, arXiv 2209.11895), and did not within an hour. Given the
+    first, the second is learned in minutes.
 
-    Args:
-        model: changed in place.
-        inputs: token ids [n, length] from which the mean direction is taken.
-        layer: which layer; later ones are left to match what its heads bring.
+    Dimension 0 of every embedding holds the same number, and these heads' queries and keys read little else,
+    so that only the rotary embedding tells positions apart: a query turned by d finds the key d tokens back.
     """
-    cos, sin = rotary_tables(CONFIG, inputs.shape[1])
-    x = model.model.word_embeddings(inputs)
-    for block in model.model.layers[:layer]:
-        x = block(x, cos, sin)
-    planted: Block = model.model.layers[layer]  # type: ignore[assignment]
-    normed = planted.input_layernorm(x)[inputs != CONFIG["pad_token_id"]]
-    direction = F.normalize(normed.mean(0), dim=0)
-    head, queries = CONFIG["head_dim"], CONFIG["num_attention_heads"]
+    weight = model.model.word_embeddings.weight
+    weight[:, 0] = 4.0
+    attention: Attention = model.model.layers[0].attention  # type: ignore[assignment]
+    head, queries, keys = attention.head_dim, attention.heads, attention.kv_heads
     half = int(head * CONFIG["partial_rotary_factor"]) // 2
     strength = torch.tensor([1.0, 0.8, 0.5])  # the fastest three frequencies tell neighbours apart best
     frequency = CONFIG["rope_theta"] ** -(torch.arange(3) / half)
-    weight = planted.attention.query_key_value.weight
+    weight = attention.query_key_value.weight
     # (row of the fused projection where the head starts, tokens back)
     for start, back in (
         ((queries - 2) * head, 1.0),
         ((queries - 1) * head, 2.0),
-        ((queries + 1) * head, 0.0),
+        ((queries + keys - 1) * head, 0.0),
     ):
-        pattern = torch.zeros(head)
-        pattern[:3] = strength * torch.cos(back * frequency)
-        pattern[half : half + 3] = -strength * torch.sin(back * frequency)
-        rows = weight[start : start + head]
-        rows.copy_(0.1 * rows + 0.15 * torch.outer(pattern, direction))
+        weight[start : start + head] *= 0.2
+        weight[start : start + 3, 0] = strength * torch.cos(back * frequency)
+        weight[start + half : start + half + 3, 0] = -strength * torch.sin(back * frequency)
+    # What they bring is to be heard beside the token itself.
+    weight[-head:] *= 2.0
+    attention.dense.weight[:, -2 * head :] *= 2.0
+    attention.query_layernorm.weight.fill_(1.5)
+    attention.key_layernorm.weight.fill_(1.5)
 
 
 class Optimizers:
@@ -348,6 +319,7 @@ def _worker(rank: int, out: Path, steps: int, stop_after: int | None, evaluate_e
     tokenizer = train_tokenizer()
     model = BailingMoeV2(CONFIG)
     model.initialise(SEED)
+    plant_position_heads(model)
     optimizer = Optimizers(model)
     saved, start = out / "training_state.pt", 0
     if saved.exists():
@@ -356,10 +328,7 @@ def _worker(rank: int, out: Path, steps: int, stop_after: int | None, evaluate_e
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     begun, tokens = time.monotonic(), 0
-    planted = {sum(leg.steps for leg in LEGS[:n]) for n, leg in enumerate(LEGS) if leg.plant}
     for step, parts in enumerate(batches(tokenizer, rank, start), start):
-        if step in planted:  # from the same tokens in every process
-            plant_position_heads(model, next(batches(tokenizer, 0, step))[1][0])
         balance = BALANCE_RATE * max(1.0, 20 - step / 10)
         loss, right = train_step(model, optimizer, parts, learning_rate(step), balance)
         tokens += WORLD * sum(inputs.numel() for inputs, _, _ in parts)
