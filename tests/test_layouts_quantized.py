@@ -29,7 +29,7 @@ DIALECTS = ("compressed-tensors", "deepseek")
 
 def run(source: Path, out: Path, **spec: Any) -> None:
     settings = QuantizeSpec(**spec)
-    quantize(source, out, settings, recipe_digest=settings.digest, progress=lambda _: None)
+    quantize(source, out, settings, recipe_digest=settings.digest, progress=lambda _: None, min_snr_db=None)
 
 
 def arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
