@@ -131,7 +131,7 @@ def _of_tasks(items: list[Item], tasks: tuple[str, ...] | None) -> list[Item]:
 
 
 def first_question(recipe: Recipe) -> Item:
-    """The question that the downloaded bundle is asked: the shortest English one of the recipe's items."""
+    """The question that the downloaded bundle is asked: of the first task by name, in English if any is."""
     from validation.tasks import items_from, load_items
 
     spec = recipe.validate_
@@ -143,7 +143,7 @@ def first_question(recipe: Recipe) -> Item:
         items = items_from(language.heldout_items(1, spec.seed + 1))
     items = _of_tasks(items, spec.tasks)
     english = [item for item in items if item.language == "en"] or items
-    return min(english, key=lambda item: (len(item.messages[-1].content), item.id))
+    return min(english, key=lambda item: item.task)
 
 
 def dense_baseline(recipe: Recipe, workspace: Workspace, source: Path) -> Path | None:
