@@ -44,6 +44,7 @@ def data(tmp_path: Path, target: Path) -> DraftData:
     return write_data(tmp_path / "work", target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope_scaling", [None, YARN], ids=["plain rope", "yarn"])
 def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, Any] | None) -> None:
     """Same weights, same sample: equal logits at every response position of every training-time-test step."""
@@ -210,6 +211,7 @@ def test_vocabulary_faults_are_named(counts: dict[int, int], size: int, fault: s
 # ---- training ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_learns_a_deterministic_language(data: DraftData, target: Path) -> None:
     before = train(target, SPEC.model_copy(update={"steps": 1}), data, lambda _: None).predicted
     (data.workdir / TRAINING_STATE).unlink()
@@ -233,6 +235,7 @@ train(target, spec, DraftData(work, target_digest(target)), lambda line: print(l
 """
 
 
+@pytest.mark.slow
 def test_training_killed_and_resumed_ends_with_the_same_bytes(
     tmp_path: Path, data: DraftData, target: Path
 ) -> None:
@@ -409,6 +412,7 @@ def test_a_server_that_drafts_nothing_is_not_measured(after: dict[str, float]) -
 # ---- command line -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_and_export_verbs_give_json(data: DraftData, target: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     arguments = [str(target), str(data.workdir)]

@@ -106,6 +106,7 @@ def test_a_newer_bundle_replaces_the_older_one_and_takes_its_stray_files_away(
 FAULTS: tuple[Fault, ...] = (500, "reset", "lost-reply", "cut-reply")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_with_a_fault_at_every_request_in_turn_each_rerun_gets_further_and_main_is_never_half(

@@ -85,7 +85,7 @@ print(json.dumps({"lines": lines, "graphs": counters["stats"]["unique_graphs"]})
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["power-of-two", "float32"])
-def test_the_compiled_kernel_gives_the_same_bytes_and_is_compiled_once(
+def test_the_compiled_kernel_gives_the_same_bytes_and_is_not_made_for_each_shape(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, rounding: Any
 ) -> None:
     source = make_checkpoint(
@@ -102,8 +102,9 @@ def test_the_compiled_kernel_gives_the_same_bytes_and_is_compiled_once(
     result = json.loads(done.stdout.splitlines()[-1])
     if not any("kernel: compiled" in line for line in result["lines"]):
         pytest.skip(f"no compiled kernel here: {result['lines']}")
-    assert result["graphs"] == 1
     assert contents(tmp_path / "compiled") == contents(tmp_path / "eager")
+    shapes = {info.shape for info in Checkpoint.open(source).tensors.values() if len(info.shape) == 2}
+    assert result["graphs"] <= 3 < len(shapes)  # sizes are variables of the kernel
 
 
 def test_without_a_compiler_the_definition_itself_runs(
@@ -139,11 +140,13 @@ def test_too_little_memory_is_said_before_the_work(tiny_checkpoint: Path, tmp_pa
     assert run(tiny_checkpoint, tmp_path / "out")
 
 
+# VmHWM is of this program alone; ru_maxrss would count the parent's memory too.
 PEAK = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from packager.cli import run
 code = run(["quantize", sys.argv[1], sys.argv[2], "--max-memory", sys.argv[3], "--workers", "2", "--json"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
 sys.exit(code)
 """
 

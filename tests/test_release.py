@@ -264,6 +264,7 @@ def test_the_dry_run_names_everything_that_is_missing_here() -> None:
     assert "4xh20 would do" in missing  # the BF16 reference is larger than the release
 
 
+@pytest.mark.slow
 def test_the_dry_run_follows_the_recipe(tmp_path: Path) -> None:
     document = yaml.safe_load(REAL.read_text(encoding="utf-8"))
     document["source"].update(revision="0" * 40, shape=str(RECIPES / "ling-flash-2.0.json"))
@@ -302,6 +303,7 @@ def test_the_dry_run_as_json_is_one_document(capsys: pytest.CaptureFixture[str])
     assert document["gates"]["min_tokens_per_second"] == 200
 
 
+@pytest.mark.slow
 def test_the_dry_run_needs_neither_torch_nor_network() -> None:
     script = (
         "import socket, sys\n"

@@ -197,6 +197,7 @@ def test_a_program_that_ignores_signals_is_killed_with_its_children(program: Any
         pass
 
 
+@pytest.mark.slow
 def test_death_at_start_says_why(program: Any) -> None:
     with pytest.raises(RemoteFailure) as caught:
         program("dies").start()
@@ -205,11 +206,13 @@ def test_death_at_start_says_why(program: Any) -> None:
     assert "engine.log" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_too_slow_a_start_is_given_up(program: Any) -> None:
     with pytest.raises(RemoteFailure, match="not healthy after 1 s"):
         program("hangs", startup_timeout_s=1).start()
 
 
+@pytest.mark.slow
 def test_death_in_service_is_noticed(program: Any) -> None:
     with program("serves") as server:
         for process in psutil.Process(server._process.pid).children():
@@ -230,6 +233,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(program: Any, tmp_path:
     assert (tmp_path / "engine.log").read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_killed_owner_leaves_no_server_behind(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     owner = subprocess.Popen(

@@ -91,6 +91,7 @@ def test_context_is_by_multiple(items: Path, tmp_path: Path, capsys: pytest.Capt
     assert document["comparison"]["by_multiple"][1]["difference_points"] == 100
 
 
+@pytest.mark.slow
 def test_wrong_input_is_one_message_and_the_right_exit_code(
     items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_passing_fault_is_tried_again(tmp_path: Path, fault: int | str) -> Non
         assert set(server.asked.values()) == {3}
 
 
+@pytest.mark.slow
 def test_a_stalled_request_times_out_and_is_tried_again(tmp_path: Path) -> None:
     with LoopbackChat(lambda _: "ok", lambda _, before: 8.0 if before == 0 else None) as server:
         got = endpoint(server.url, timeout_s=2.0).complete(

@@ -67,7 +67,7 @@ def quantize(
     recipe_digest: str,
     progress: Callable[[str], None],
     workers: int | None = None,
-    max_memory: int = DEFAULT_MAX_MEMORY,
+    max_memory: int | None = None,
     kernel: Choice = "auto",
     min_snr_db: float | None = DEFAULT_MIN_SNR_DB,
 ) -> Manifest:
@@ -86,7 +86,8 @@ def quantize(
         recipe_digest: what the manifest records as the settings' digest.
         progress: called with a line a shard, and one every few seconds.
         workers: threads; None: one for each processor that this process may use. The output is the same.
-        max_memory: bytes of resident memory that this process may take, interpreter and torch included.
+        max_memory: bytes of resident memory that this process may take, all that it holds already included;
+            None: pieces on their way are bounded by what the workers can be busy with, and nothing else is.
         kernel: `auto` uses the compiled one where the size of the source is worth its start-up.
         min_snr_db: a weight with a lower signal-to-noise ratio fails the gate; None: no gate.
 
@@ -137,7 +138,7 @@ class _Settings:
     """How, not what: nothing of it shows in the output."""
 
     workers: int
-    max_memory: int
+    max_memory: int | None
     kernel: Choice
 
 
@@ -197,6 +198,9 @@ def _kernel(
 
 def _memory_for_pieces(settings: _Settings) -> int:
     """Bytes left for pieces on their way once interpreter, torch and the workers' temporaries have theirs."""
+    useful = _useful_memory(settings.workers)
+    if settings.max_memory is None:
+        return useful
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     held = pages * os.sysconf("SC_PAGE_SIZE") + settings.workers * _KERNEL_MEMORY
     left = settings.max_memory - held
@@ -206,7 +210,7 @@ def _memory_for_pieces(settings: _Settings) -> int:
             f"Give --max-memory {readable_bytes(held + 8 * PIECE_BYTES)} or more, or fewer --workers.",
         )
     # The allocator keeps about as much again as is in use.
-    return min(left // 2, _useful_memory(settings.workers))
+    return min(left // 2, useful)
 
 
 def _useful_memory(workers: int) -> int:
