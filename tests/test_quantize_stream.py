@@ -302,7 +302,7 @@ def test_the_options_reach_the_work(
         "--workers",
         "1",
         "--max-memory",
-        "1.5GiB",
+        "16GiB",
         "--kernel",
         "eager",
         "--min-snr-db",

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def _bytes(_context: click.Context, _parameter: click.Parameter, value: str) -> int:
+def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", value)
     if found is None or found[2] not in _UNITS:
         raise click.BadParameter(f"{value!r} is no size such as 1500MB, 1.5GB or 1GiB")
@@ -61,9 +63,9 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str) -> 
 @click.option(
     "--max-memory",
     callback=_bytes,
-    default="1.5GB",
-    show_default=True,
-    help="Resident memory to stay within: 1500MB, 1.5GB, 1GiB or a number of bytes.",
+    default=None,
+    help="Resident memory to stay within: 1500MB, 1.5GB, 1GiB or bytes. Default: what the workers "
+    "have use for, half a GB for two.",
 )
 @click.option(
     "--kernel",
@@ -89,7 +91,7 @@ def command(
     shard_bytes: int,
     only_plan: bool,
     workers: int | None,
-    max_memory: int,
+    max_memory: int | None,
     kernel: Choice,
     min_snr_db: float,
     as_json: bool,
