@@ -68,7 +68,7 @@ test: venv  ## every test this machine can run
 	@exec $(BIN)/python -m pytest
 
 check: lint  ## before each commit: lint and the quick tests
-	@exec $(BIN)/python -m pytest -q -m "not slow and not engine"
+	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -q -n 2 -m "not slow and not engine" --ignore tests/test_layers.py
 
 lint: venv  ## ruff, mypy --strict, the layer test
 	@$(BIN)/ruff check .

@@ -153,6 +153,7 @@ def test_a_sample_gets_the_same_logits_alone_and_in_a_batch(data: DraftData, tar
             begin += sample.queries
 
 
+@pytest.mark.slow
 def test_loss_is_speculators_kl_up_to_the_targets_own_entropy(data: DraftData, target: Path) -> None:
     losses = pytest.importorskip("speculators.losses.eager")
     from packager.draft.states import collate, samples
@@ -175,6 +176,7 @@ def test_loss_is_speculators_kl_up_to_the_targets_own_entropy(data: DraftData, t
 # ---- vocabulary -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vocabulary_map_is_the_one_speculators_builds() -> None:
     mapping = pytest.importorskip("speculators.train.vocab_mapping")
     rng = random.Random(5)

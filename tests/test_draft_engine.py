@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from packager.nano import CHECKPOINT, language
 from packager.recipe import ContextSpec, DraftSpec
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("vllm")
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="no vllm"),
+]
 
 SPEC = DraftSpec(vocab_size=512, aux_layers=(1, 2, 3), prompts=48, max_response_tokens=64, steps=60)
 

@@ -74,6 +74,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(built)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_that_the_code_reads(wheel: zipfile.ZipFile) -> None:
     inside = set(wheel.namelist())
     wanted = {
@@ -85,6 +86,7 @@ def test_the_wheel_holds_every_file_that_the_code_reads(wheel: zipfile.ZipFile) 
     assert wanted - inside == set()
 
 
+@pytest.mark.slow
 def test_the_wheel_brings_the_nano_and_the_recipes(wheel: zipfile.ZipFile) -> None:
     inside = set(wheel.namelist())
     checkpoint = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
@@ -92,6 +94,7 @@ def test_the_wheel_brings_the_nano_and_the_recipes(wheel: zipfile.ZipFile) -> No
     assert {"recipes/nano.yaml", "recipes/antangelmed-fp8-eagle3-128k-h20.yaml"} <= inside
 
 
+@pytest.mark.slow
 def test_the_wheel_names_its_command_its_plugin_and_its_licence(wheel: zipfile.ZipFile) -> None:
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     points = wheel.read(f"{info}/entry_points.txt").decode()

@@ -127,6 +127,7 @@ print(json.dumps({"killed": len(moments)}))
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_step_and_again_ends_in_the_same_bytes(
     tiny_checkpoint: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -172,11 +172,18 @@ def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     assert not alive(log)
 
 
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def alive(log: Path) -> list[int]:
-    """Children named in a log that still run, after a moment to be reaped."""
+    """Children named in a log that still run a moment later; one that only waits to be reaped does not."""
     pids = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("child")]
     for _ in range(50):
-        running = [pid for pid in pids if psutil.pid_exists(pid)]
+        running = [pid for pid in pids if _runs(pid)]
         if not running:
             break
         time.sleep(0.1)

@@ -28,7 +28,7 @@ sys.exit(code)
 """
 
 
-@pytest.fixture(scope="module", params=["sharded", "single"])
+@pytest.fixture(scope="module", params=["sharded", pytest.param("single", marks=pytest.mark.slow)])
 def sparse(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sparse") / "source"
     if request.param == "sharded":

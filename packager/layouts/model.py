@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from packager.errors import BadInput
 from packager.layouts.architectures import ARCHITECTURES
-from packager.layouts.declaration import Architecture, Expected, Field, Role, Rule, Value
+from packager.layouts.declaration import Architecture, Expected, Field, Role, Value
 from packager.layouts.expressions import evaluate
 
 _MOST_LAYERS = 4096
@@ -123,6 +123,29 @@ class Model:
         """Whether a checkpoint with these tensor names holds all experts of a layer in one tensor."""
         return any(map(_FUSED_NAMES.match, names))
 
+    def kinds(self, *, mtp_layers: int = 0, fused: bool = False) -> Iterator[tuple[Expected, int]]:
+        """Every kind of tensor in each layer, in model order, and how many there are of it.
+
+        More than one are the routed experts' (`{expert}` in the name); sizes are counted from these without a
+        list of every tensor. The arguments are those of `tensors`.
+        """
+        for layered, rules in groupby(self.architecture.rules, key=lambda rule: rule.per_layer):
+            block = tuple(rules)
+            for layer in range(self.layers + mtp_layers) if layered else (-1,):
+                for rule in block:
+                    if rule.when and not self.value(rule.when, layer=layer, fused=fused):
+                        continue
+                    index = str(layer)
+                    want = Expected(
+                        rule.name.replace("{layer}", index),
+                        rule.role,
+                        self.value(rule.shape, layer=layer),
+                        mtp=layer >= self.layers,
+                        group=rule.group.replace("{layer}", index),
+                        optional=rule.optional,
+                    )
+                    yield want, self.experts if rule.per_expert else 1
+
     def tensors(self, *, mtp_layers: int = 0, fused: bool = False) -> list[Expected]:
         """All tensors of a checkpoint, in model order, before any quantization.
 
@@ -131,35 +154,27 @@ class Model:
             fused: whether the experts of a layer are one tensor.
         """
         found: list[Expected] = []
-        for layered, rules in groupby(self.architecture.rules, key=lambda rule: rule.per_layer):
-            block = tuple(rules)
-            for layer in range(self.layers + mtp_layers) if layered else (-1,):
-                found.extend(self._expand(block, layer, fused))
+        for per_expert, run in groupby(
+            self.kinds(mtp_layers=mtp_layers, fused=fused), key=lambda kind: "{expert}" in kind[0].name
+        ):
+            wants = [want for want, _ in run]
+            if not per_expert:
+                found.extend(wants)
+                continue
+            for expert in map(str, range(self.experts)):
+                for want in wants:
+                    name = want.name.replace("{expert}", expert)
+                    found.append(
+                        Expected(
+                            name, want.role, want.shape, want.dtypes, want.mtp, want.group, want.optional
+                        )
+                    )
         return found
 
     def tensors_in(self, names: Iterable[str]) -> list[Expected]:
         """The tensors of a checkpoint with these names: its prediction layers, its form of experts."""
         known = list(names)
         return self.tensors(mtp_layers=self.mtp_layers_in(known), fused=self.fused_in(known))
-
-    def _expand(self, rules: tuple[Rule, ...], layer: int, fused: bool) -> Iterator[Expected]:
-        present = [rule for rule in rules if not rule.when or self.value(rule.when, layer=layer, fused=fused)]
-        mtp = layer >= self.layers
-        for per_expert, together in groupby(present, key=lambda rule: rule.per_expert):
-            made = [
-                Expected(
-                    rule.name,
-                    rule.role,
-                    self.value(rule.shape, layer=layer),
-                    mtp=mtp,
-                    group=rule.group.replace("{layer}", str(layer)),
-                    optional=rule.optional,
-                )
-                for rule in together
-            ]
-            for expert in range(self.experts) if per_expert else (0,):
-                for want in made:
-                    yield replace(want, name=want.name.format(layer=layer, expert=expert))
 
 
 def _read(field: Field, raw: Mapping[str, Any], model: Model) -> Value:
@@ -252,16 +267,17 @@ class ParameterCount:
 def count_parameters(model: Model, mtp_layers: int = 0) -> ParameterCount:
     """Count from the configuration alone."""
     total = float32 = routed = mtp = 0
-    for tensor in model.tensors(mtp_layers=mtp_layers):
+    for tensor, times in model.kinds(mtp_layers=mtp_layers):
+        count = times * tensor.count
         if tensor.optional:
             continue
         if tensor.mtp:
-            mtp += tensor.count
+            mtp += count
             continue
-        total += tensor.count
+        total += count
         if tensor.role is Role.EXPERT_BIAS:
-            float32 += tensor.count
+            float32 += count
         elif tensor.role is Role.ROUTED_EXPERT:
-            routed += tensor.count
+            routed += count
     idle = routed * (model.experts - model.shape["experts_per_token"]) // max(model.experts, 1)
     return ParameterCount(total=total, float32=float32, active=total - idle, mtp=mtp)

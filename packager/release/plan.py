@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.bailing.config import BailingConfig
-from packager.bailing.layout import QUANTIZABLE, expected_tensors
+from packager.bailing.layout import QUANTIZABLE, model_of
 from packager.checkpoint.hub_name import is_commit
 from packager.checkpoint.source import read_json_object
 from packager.errors import BadInput
@@ -100,7 +100,9 @@ def sizes(config: BailingConfig, recipe: Recipe) -> Sizes:
         draft=model_bytes(widened, "fp8", draft_vocab=recipe.draft.vocab_size).draft,
         states=tokens * (len(recipe.draft.aux_layers) + 1) * config.hidden_size * 2,
         kv_token=fp8.kv_per_token,
-        largest_weight=max(2 * want.count for want in expected_tensors(config) if want.role in QUANTIZABLE),
+        largest_weight=max(
+            2 * want.count for want, _ in model_of(config).kinds() if want.role in QUANTIZABLE
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from packager.bailing.config import BailingConfig
-from packager.bailing.layout import QUANTIZABLE, Role, count_parameters, expected_tensors
+from packager.bailing.layout import QUANTIZABLE, Role, count_parameters, model_of
 from packager.checkpoint.folder import Folder, LocalFolder
 from packager.checkpoint.source import read_json_object
 from packager.errors import BadInput, UsageProblem
@@ -94,11 +94,12 @@ def model_bytes(
     as wide as the target's, an output head of that many tokens, embeddings shared). Neither: no draft.
     """
     sizes = {"all": 0, "embedding": 0, "experts": 0}
-    for tensor in expected_tensors(config):
-        size = tensor.count * (4 if tensor.role is Role.EXPERT_BIAS else 2)
+    for tensor, times in model_of(config).kinds():
+        each = tensor.count * (4 if tensor.role is Role.EXPERT_BIAS else 2)
         if precision == "fp8" and tensor.role in QUANTIZABLE:
             rows, columns = tensor.shape
-            size = tensor.count + 4 * ceil(rows / BLOCK) * ceil(columns / BLOCK)
+            each = tensor.count + 4 * ceil(rows / BLOCK) * ceil(columns / BLOCK)
+        size = times * each
         sizes["all"] += size
         if tensor.role is Role.EMBEDDING:
             sizes["embedding"] += size
