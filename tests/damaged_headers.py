@@ -78,21 +78,20 @@ def _an_entry(rng: random.Random, pairs: list[tuple[str, Any]]) -> dict[str, Any
     return rng.choice(found) if found else None
 
 
-def _change_number(rng: random.Random, pairs: list[tuple[str, Any]]) -> None:
+def _numbers(rng: random.Random, pairs: list[tuple[str, Any]]) -> list[Any]:
+    """A shape or pair of offsets that holds something; empty if none was met with."""
     entry = _an_entry(rng, pairs)
-    if entry is None:
-        return
-    where = entry.get(rng.choice(("shape", "data_offsets")))
-    if isinstance(where, list) and where:
+    where = entry.get(rng.choice(("shape", "data_offsets"))) if entry is not None else None
+    return where if isinstance(where, list) else []
+
+
+def _change_number(rng: random.Random, pairs: list[tuple[str, Any]]) -> None:
+    if where := _numbers(rng, pairs):
         where[rng.randrange(len(where))] = rng.choice(NUMBERS)
 
 
 def _shift_number(rng: random.Random, pairs: list[tuple[str, Any]]) -> None:
-    entry = _an_entry(rng, pairs)
-    if entry is None:
-        return
-    where = entry.get(rng.choice(("shape", "data_offsets")))
-    if isinstance(where, list) and where:
+    if where := _numbers(rng, pairs):
         at = rng.randrange(len(where))
         if type(where[at]) is int:
             where[at] += rng.choice((-8, -1, 1, 8, 2**32, 2**63))

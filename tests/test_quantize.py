@@ -10,22 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG, MakeCheckpoint
+from quantizing import contents, run
 
 from packager.artifact import is_sealed, read_manifest
 from packager.bailing.layout import Role
 from packager.checkpoint import Checkpoint
 from packager.errors import BadInput, IntegrityFailure, UsageProblem
-from packager.quantize import dequantize, diff, quantize, relabel
+from packager.quantize import dequantize, diff, relabel
 from packager.quantize.dialects import Quantization, read_quantization
 from packager.quantize.fidelity import LEDGER_NAME
 from packager.quantize.quantized import WeightCheckpoint
 from packager.recipe import QuantizeSpec
-
-SMALL = QuantizeSpec(shard_bytes=60_000)
-
-
-def run(source: Path, out: Path, spec: QuantizeSpec = SMALL) -> Any:
-    return quantize(source, out, spec, recipe_digest=spec.digest, progress=lambda _: None)
 
 
 def weights(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -33,10 +28,6 @@ def weights(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     opened = WeightCheckpoint.open(path)
     with opened.checkpoint.reader() as reader:
         return {want.name: opened.values(reader, want.name) for want in opened.layout}
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -15,26 +15,15 @@ from typing import Any
 
 import pytest
 from conftest import MakeCheckpoint
+from quantizing import contents, run
 
-from packager.artifact import JOURNAL_NAME, Manifest, check, is_sealed
+from packager.artifact import JOURNAL_NAME, check, is_sealed
 from packager.checkpoint import Checkpoint
 from packager.errors import BadInput, IntegrityFailure
 from packager.quantize import journal as tensor_journal
-from packager.quantize import quantize
 from packager.quantize.journal import TensorJournal
 from packager.quantize.stream import Stream
 from packager.recipe import QuantizeSpec
-
-SMALL = QuantizeSpec(shard_bytes=60_000)
-
-
-def run(source: Path, out: Path, spec: QuantizeSpec = SMALL, **options: Any) -> Manifest:
-    lines: list[str] = options.pop("lines", [])
-    return quantize(source, out, spec, recipe_digest=spec.digest, progress=lines.append, **options)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
 
 
 @pytest.fixture(scope="module")

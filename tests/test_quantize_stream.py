@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint
+from quantizing import contents, run
 
-from packager.artifact import Manifest, is_sealed, read_manifest
+from packager.artifact import is_sealed, read_manifest
 from packager.checkpoint import Checkpoint
 from packager.cli import run as run_command
 from packager.errors import GateFailed, UsageProblem
@@ -23,17 +24,6 @@ from packager.quantize.fidelity import LEDGER_NAME, Figures, LedgerEntry, by_lay
 from packager.quantize.kernel import choose_kernel
 from packager.quantize.stream import PIECE_BYTES
 from packager.recipe import QuantizeSpec
-
-SMALL = QuantizeSpec(shard_bytes=60_000)
-
-
-def run(source: Path, out: Path, spec: QuantizeSpec = SMALL, **options: Any) -> Manifest:
-    lines: list[str] = options.pop("lines", [])
-    return quantize(source, out, spec, recipe_digest=spec.digest, progress=lines.append, **options)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import write_checkpoint
 from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
+from quantizing import contents
 
 from packager.artifact import ArtifactWriter
 from packager.checkpoint import Checkpoint, hub, hub_faults
@@ -53,10 +54,6 @@ def push(server: LoopbackHub, files: dict[str, bytes], repo: str = REPO, *, priv
     api.create_repo(repo, exist_ok=True, private=private)
     operations = [CommitOperationAdd(path, data) for path, data in files.items()]
     return str(api.create_commit(repo, operations, commit_message="add").oid)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 @pytest.fixture

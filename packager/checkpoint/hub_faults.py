@@ -6,7 +6,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
@@ -25,22 +25,39 @@ LONGEST_ASKED_WAIT_S = 600.0
 _ENOUGH = 1 << 16
 """Bytes after which an attempt counts as one that got on."""
 _AGAIN = "Check the network, then run the same command again."
+WRITE_AGAIN = (
+    "Run the same command again: it goes on where it stopped, and main is not changed until the end."
+)
 _log = logging.getLogger(__name__)
 
 
 class PassingFault(RemoteFailure):
     """A fault that may be gone at the next attempt."""
 
-    def __init__(self, message: str, *, asked_wait_s: float = 0.0) -> None:
-        super().__init__(message, _AGAIN)
+    def __init__(self, message: str, remedy: str = _AGAIN, *, asked_wait_s: float = 0.0) -> None:
+        super().__init__(message, remedy)
         self.asked_wait_s = asked_wait_s
         """Seconds that the hub asks to wait."""
 
 
 class Patience:
-    """Counts the faults in a row and waits after each, longer every time and never as long as others."""
+    """Counts the faults in a row and waits after each, longer every time and never as long as others.
 
-    def __init__(self) -> None:
+    Args:
+        attempts: how many there are in all; None: ATTEMPTS.
+        first_wait_s: seconds before the second attempt, doubled before each later one; None: FIRST_WAIT_S.
+        say: told of each fault that is met with another attempt; None: the log.
+    """
+
+    def __init__(
+        self,
+        attempts: int | None = None,
+        first_wait_s: float | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._attempts = ATTEMPTS if attempts is None else attempts
+        self._first_wait_s = FIRST_WAIT_S if first_wait_s is None else first_wait_s
+        self._say = say or _log.info
         self._faults = self._got = 0
 
     def progress(self, count: int) -> None:
@@ -52,29 +69,39 @@ class Patience:
     def wait(self, fault: PassingFault) -> None:
         """Sleep before the next attempt. Raises RemoteFailure: there have been enough."""
         self._faults += 1
-        if self._faults >= ATTEMPTS:
+        if self._faults >= self._attempts:
             raise RemoteFailure(f"{fault.message} ({self._faults} attempts)", fault.remedy) from None
         # Many readers fail at once; the random part keeps them from coming back at once.
-        own = min(FIRST_WAIT_S * 2 ** (self._faults - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+        own = min(self._first_wait_s * 2 ** (self._faults - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
         seconds = max(own, min(fault.asked_wait_s, LONGEST_ASKED_WAIT_S))
-        _log.info("%s; trying again in %.1f s", fault.message, seconds)
+        self._say(f"{fault.message}; trying again in {seconds:.1f} s")
         time.sleep(seconds)
 
 
 @contextmanager
-def hub_faults(repo: str, endpoint: str) -> Iterator[None]:
-    """Turn what the hub client raises into PassingFault, RemoteFailure or UsageProblem."""
+def hub_faults(repo: str, endpoint: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn what the hub client raises into PassingFault, RemoteFailure or UsageProblem.
+
+    Args:
+        writing: what is done changes the repository and can be taken up again where it stopped.
+    """
     import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
+    again = WRITE_AGAIN if writing else _AGAIN
     try:
         yield
+    except LocalTokenNotFoundError:
+        raise UsageProblem(
+            "there is no hub token", "Run `hf auth login`, or set HF_TOKEN to a token that may write."
+        ) from None
     except OfflineModeIsEnabled:
         raise UsageProblem("the hub client is switched off by HF_HUB_OFFLINE", "Unset it.") from None
     except HFValidationError as err:
@@ -90,36 +117,40 @@ def hub_faults(repo: str, endpoint: str) -> Iterator[None]:
             "Check the name; for a private one run `hf auth login` or set HF_TOKEN.",
         ) from None
     except HfHubHTTPError as err:
-        raise _of_status(err, repo, endpoint) from None
-    except httpx.UnsupportedProtocol as err:
-        raise UsageProblem(f"{endpoint} is no address of a hub: {err}", "Correct HF_ENDPOINT.") from None
-    except httpx.InvalidURL as err:
+        raise _of_status(err, repo, endpoint, writing) from None
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as err:
         raise UsageProblem(f"{endpoint} is no address of a hub: {err}", "Correct HF_ENDPOINT.") from None
     except httpx.ConnectError as err:
-        raise PassingFault(f"no hub can be reached at {endpoint}: {err}") from None
+        raise PassingFault(f"no hub can be reached at {endpoint}: {err}", again) from None
     except (httpx.TransportError, ConnectionError, TimeoutError) as err:
-        raise PassingFault(f"the connection to {endpoint} broke: {err or type(err).__name__}") from None
+        raise PassingFault(
+            f"the connection to {endpoint} broke: {err or type(err).__name__}", again
+        ) from None
     except httpx.HTTPError as err:
-        raise RemoteFailure(f"{endpoint} cannot be read from: {err}", _AGAIN) from None
+        raise RemoteFailure(f"{endpoint} cannot be read from: {err}", again) from None
     except RuntimeError as err:
-        if "closed" not in str(err):
+        # The client's session is shared; it closes it when a connection cannot be made elsewhere. It wraps
+        # what breaks within an upload, and hf_xet raises plain RuntimeErrors of its own.
+        if not writing and "closed" not in str(err):
             raise
-        # The client's session is shared; it closes it when a connection cannot be made elsewhere.
-        raise PassingFault(f"the connection to {endpoint} was closed: {err}") from None
+        raise PassingFault(f"the connection to {endpoint} broke: {err}", again) from None
     except json.JSONDecodeError as err:
         # An answer of the API that was cut short does not parse.
-        raise PassingFault(f"{endpoint} sent an answer that makes no sense: {err}") from None
+        raise PassingFault(f"{endpoint} sent an answer that makes no sense: {err}", again) from None
 
 
-def _of_status(err: HfHubHTTPError, repo: str, endpoint: str) -> RemoteFailure:
+def _of_status(err: HfHubHTTPError, repo: str, endpoint: str, writing: bool) -> RemoteFailure:
     status = err.response.status_code if err.response is not None else 0
     reason = (err.server_message or str(err)).strip().splitlines()[0]
     message = f"{endpoint} answered {status} for {repo}: {reason}"
-    if status in (408, 425, 429) or status >= 500:
-        return PassingFault(message, asked_wait_s=asked_wait_s(err.response.headers))
+    # Two who write at once get a conflict, which the next attempt sees the outcome of.
+    if status in (408, 425, 429) or status >= 500 or (writing and status in (409, 412)):
+        again = WRITE_AGAIN if writing else _AGAIN
+        return PassingFault(message, again, asked_wait_s=asked_wait_s(err.response.headers))
     if status in (401, 403):
-        return RemoteFailure(message, "Run `hf auth login`, or set HF_TOKEN to a token that may read it.")
-    return RemoteFailure(message, "Check the name and the revision.")
+        may = "write to" if writing else "read"
+        return RemoteFailure(message, f"Run `hf auth login`, or set HF_TOKEN to a token that may {may} it.")
+    return RemoteFailure(message, WRITE_AGAIN if writing else "Check the name and the revision.")
 
 
 def asked_wait_s(headers: Mapping[str, str]) -> float:

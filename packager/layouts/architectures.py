@@ -118,6 +118,20 @@ def _prediction(norm: str, *more: Rule) -> tuple[Rule, ...]:
     )
 
 
+def _dense(
+    name: str, model_type: str, fields: tuple[Field, ...], *attention: Rule, bias: str = ""
+) -> Architecture:
+    """A decoder with one feed-forward in every layer; `bias`: when its matrices have biases."""
+    mlp = _mlp(f"{_LAYER}mlp.", Role.DENSE_MLP, "intermediate_size", "", bias=bias)
+    return Architecture(
+        name=name,
+        model_types=(model_type,),
+        fields=(*_HEADS, Field("intermediate_size"), *fields),
+        checks=_HEAD_CHECKS,
+        rules=_causal(*attention, *mlp),
+    )
+
+
 # Written by transformers before 4.32; every reader recomputes it.
 _INV_FREQ = Rule(f"{_LAYER}self_attn.rotary_emb.inv_freq", Role.BUFFER, "(head_dim // 2,)", optional=True)
 
@@ -187,50 +201,33 @@ BAILING_MOE_V2 = Architecture(
     ),
 )
 
-LLAMA = Architecture(
-    name="LlamaForCausalLM",
-    model_types=("llama",),
-    fields=(
-        *_HEADS,
-        Field("intermediate_size"),
-        Field("attention_bias", "flag", False),
-        Field("mlp_bias", "flag", False),
-    ),
-    checks=_HEAD_CHECKS,
-    rules=_causal(
-        *_attention("attention_bias", "attention_bias"),
-        _INV_FREQ,
-        *_mlp(f"{_LAYER}mlp.", Role.DENSE_MLP, "intermediate_size", "", bias="mlp_bias"),
-    ),
+LLAMA = _dense(
+    "LlamaForCausalLM",
+    "llama",
+    (Field("attention_bias", "flag", False), Field("mlp_bias", "flag", False)),
+    *_attention("attention_bias", "attention_bias"),
+    _INV_FREQ,
+    bias="mlp_bias",
 )
 
-QWEN3 = Architecture(
-    name="Qwen3ForCausalLM",
-    model_types=("qwen3",),
-    fields=(*_HEADS, Field("intermediate_size"), Field("attention_bias", "flag", False)),
-    checks=_HEAD_CHECKS,
-    rules=_causal(
-        *_attention("attention_bias", "attention_bias"),
-        *_qk_norms(),
-        *_mlp(f"{_LAYER}mlp.", Role.DENSE_MLP, "intermediate_size", ""),
-    ),
+QWEN3 = _dense(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    (Field("attention_bias", "flag", False),),
+    *_attention("attention_bias", "attention_bias"),
+    *_qk_norms(),
 )
 
-SEED_OSS = Architecture(
-    name="SeedOssForCausalLM",
-    model_types=("seed_oss",),
-    fields=(
-        *_HEADS,
-        Field("intermediate_size"),
+SEED_OSS = _dense(
+    "SeedOssForCausalLM",
+    "seed_oss",
+    (
         Field("attention_bias", "flag", True),
         Field("attention_out_bias", "flag", False),
         Field("mlp_bias", "flag", False),
     ),
-    checks=_HEAD_CHECKS,
-    rules=_causal(
-        *_attention("attention_bias", "attention_out_bias"),
-        *_mlp(f"{_LAYER}mlp.", Role.DENSE_MLP, "intermediate_size", "", bias="mlp_bias"),
-    ),
+    *_attention("attention_bias", "attention_out_bias"),
+    bias="mlp_bias",
 )
 
 QWEN3_MOE = Architecture(

@@ -12,12 +12,9 @@ Each step looks first at what the hub has, so the same command run again, after 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING
 from packager.artifact import MANIFEST_NAME, read_manifest
 from packager.bundle.signature import SIGNATURE_NAME
 from packager.bundle.verify import VerifiedBundle, verify_bundle
+from packager.checkpoint.hub_faults import WRITE_AGAIN, PassingFault, Patience, hub_faults
 from packager.errors import GateFailed, RemoteFailure, UsageProblem
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
 HUB_OWN_FILES = frozenset({".gitattributes"})
 """Files that a hub puts into every repository."""
-_REMEDY = "Run the same command again: it goes on where it stopped, and main is not changed until the end."
 
 
 @dataclass(frozen=True)
@@ -121,16 +118,13 @@ def publish(
     verified = preflight(bundle, public_key, progress)
     api = HfApi(endpoint=endpoint, token=token)
     transaction = _Transaction(api, bundle, verified, repo_id, tag, private, progress)
-    for attempt in range(1, attempts + 1):
+    patience = Patience(attempts, wait_s, progress)
+    while True:
         try:
-            with _hub_errors(api.endpoint):
+            with hub_faults(repo_id, api.endpoint, writing=True):
                 return transaction.run()
-        except _PassingFault as err:
-            if attempt == attempts:
-                raise RemoteFailure(err.message, err.remedy) from None
-            progress(f"{err.message}; trying again")
-            time.sleep(wait_s * 2 ** (attempt - 1))
-    raise AssertionError("unreachable: the last attempt returns or raises")
+        except PassingFault as fault:
+            patience.wait(fault)
 
 
 def check_repo_id(text: str) -> str:
@@ -150,7 +144,7 @@ def download(repo_id: str, revision: str | None, *, endpoint: str | None = None)
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     api = HfApi(endpoint=endpoint)
-    with _hub_errors(api.endpoint):
+    with hub_faults(repo_id, api.endpoint):
         try:
             return Path(api.snapshot_download(check_repo_id(repo_id), revision=revision))
         except LocalEntryNotFoundError as err:
@@ -158,47 +152,6 @@ def download(repo_id: str, revision: str | None, *, endpoint: str | None = None)
                 f"{repo_id} can neither be downloaded from {api.endpoint} nor is it in the cache",
                 "Check the network and the name.",
             ) from err
-
-
-class _PassingFault(RemoteFailure):
-    """A fault that may be gone at the next try."""
-
-
-@contextlib.contextmanager
-def _hub_errors(endpoint: str) -> Iterator[None]:
-    """Say in our words what the hub client raises."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    try:
-        yield
-    except LocalTokenNotFoundError:
-        raise UsageProblem(
-            "there is no hub token", "Run `hf auth login`, or set HF_TOKEN to a token that may write."
-        ) from None
-    except OfflineModeIsEnabled:
-        raise UsageProblem("the hub client is switched off by HF_HUB_OFFLINE", "Unset it.") from None
-    except HfHubHTTPError as err:
-        status = err.response.status_code if err.response is not None else 0
-        reason = (err.server_message or str(err).splitlines()[0]).strip()
-        message = f"the hub at {endpoint} answered {status}: {reason}"
-        if status in (401, 403):
-            raise RemoteFailure(message, "Use a token that may write to this repository.") from None
-        if status in (408, 409, 412, 429) or status >= 500:
-            raise _PassingFault(message, _REMEDY) from None
-        raise RemoteFailure(message, _REMEDY) from None
-    except httpx.ConnectError as err:
-        raise _PassingFault(f"no hub can be reached at {endpoint}: {err}", _REMEDY) from None
-    except (httpx.TransportError, ConnectionError, TimeoutError) as err:
-        raise _PassingFault(
-            f"the connection to {endpoint} broke: {err or type(err).__name__}", _REMEDY
-        ) from None
-    except RuntimeError as err:
-        # The client wraps what breaks within an upload; hf_xet raises plain RuntimeErrors of its own.
-        raise _PassingFault(f"the upload to {endpoint} broke: {err}", _REMEDY) from None
-    except json.JSONDecodeError as err:
-        # An answer that was cut short does not parse.
-        raise _PassingFault(f"{endpoint} sent an answer that makes no sense: {err}", _REMEDY) from None
 
 
 class _Transaction:
@@ -247,12 +200,12 @@ class _Transaction:
         self._upload(branch)
         different = self._differences(branch)
         if different:
-            raise _PassingFault(
-                f"{self.repo_id} at {branch} is not the bundle:\n  " + "\n  ".join(different), _REMEDY
+            raise PassingFault(
+                f"{self.repo_id} at {branch} is not the bundle:\n  " + "\n  ".join(different), WRITE_AGAIN
             )
         self.progress(f"pull request {number}: {len(self.files)} files are there as sealed; merging")
         if self._head("main") != main:
-            raise _PassingFault(f"main of {self.repo_id} changed meanwhile", _REMEDY)
+            raise PassingFault(f"main of {self.repo_id} changed meanwhile", WRITE_AGAIN)
         if self.api.get_discussion_details(self.repo_id, number).status == "draft":
             self.api.change_discussion_status(self.repo_id, number, "open")
         self.api.merge_pull_request(self.repo_id, number)
