@@ -15,11 +15,11 @@ from packager.checkpoint.header import TensorInfo
 from packager.checkpoint.source import Checkpoint, read_json_object
 from packager.draft.config import ARCHITECTURE, TOKEN_IDS, rope_of, tensor_shapes
 from packager.errors import BadInput
+from packager.layouts import FLOATS
 
 _ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM")
 _VLLM_ONLY = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _LEFTOVERS = ("training_state*", "optimizer*", "scheduler*", "rng_state*", "*.pt", "*.pth", "*.bin", "*.pkl")
-_FLOATS = ("BF16", "F16", "F32")
 _NEEDED = (
     "vocab_size",
     "draft_vocab_size",
@@ -175,7 +175,7 @@ def _tensor_problems(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[
 
 
 def _dtypes(name: str) -> tuple[str, ...]:
-    return {"d2t": ("I64",), "t2d": ("BOOL",)}.get(name, _FLOATS)
+    return {"d2t": ("I64",), "t2d": ("BOOL",)}.get(name, FLOATS)
 
 
 def _map_problems(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
