@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from loopback_chat import LoopbackChat, Token
 
-from validation.endpoint import Sampling
+from validation.endpoint import Sampling, Target
 from validation.errors import MeasurementError
 from validation.identity import IdentityResult, collect_outputs, compare_outputs
 from validation.longcontext import compare_long, measure_long
@@ -36,6 +36,10 @@ def item(name: str, answer: str, task: str = "dose", language: str = "en", **met
         "meta": meta,
     }
     return items_from([row])[0]
+
+
+def at(url: str, cache: Path, subject: str = "s", label: str = "x") -> Target:
+    return Target(url, "model", subject, label, cache)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,7 @@ def test_accuracy_is_per_task_and_language_and_beside_it_stands_the_commonest_an
     items += [item(f"t{k}", "urgent" if k < 3 else "routine", "triage", "zh") for k in range(4)]
     said = {f"d{k}": f"Answer: {k}" for k in range(4)} | {"d4": "Answer: 9", "d5": "no idea"}
     with LoopbackChat(lambda m: said.get(m, "答案：urgent")) as server:
-        run = measure_accuracy(server.url, "model", items, subject="s", cache=tmp_path, label="BF16")
+        run = measure_accuracy(at(server.url, tmp_path, "s", "BF16"), items)
     assert (run.overall.n, run.overall.correct, run.unmarked) == (10, 7, 1)
     dose, triage = run.by_task
     assert (dose.name, dose.correct, dose.n) == ("dose", 4, 6)
@@ -84,9 +88,9 @@ def test_accuracy_is_per_task_and_language_and_beside_it_stands_the_commonest_an
 def test_a_comparison_pairs_the_items_and_lists_every_flip(tmp_path: Path) -> None:
     items = [item(f"q{k}", "yes") for k in range(50)]
     with LoopbackChat(lambda m: "Answer: no" if m in ("q1", "q2") else "Answer: yes") as server:
-        before = measure_accuracy(server.url, "model", items, subject="a", cache=tmp_path, label="BF16")
+        before = measure_accuracy(at(server.url, tmp_path, "a", "BF16"), items)
     with LoopbackChat(lambda m: "Answer: no" if m in ("q2", "q3", "q4") else "Answer: yes") as server:
-        after = measure_accuracy(server.url, "model", items, subject="b", cache=tmp_path, label="FP8")
+        after = measure_accuracy(at(server.url, tmp_path, "b", "FP8"), items)
     result = compare_accuracy(before, after, margin_points=20)
     paired = result.overall
     assert (paired.both, paired.only_reference, paired.only_candidate, paired.neither) == (46, 2, 1, 1)
@@ -104,9 +108,9 @@ def test_a_comparison_pairs_the_items_and_lists_every_flip(tmp_path: Path) -> No
 def test_a_ruined_model_is_inferior(tmp_path: Path) -> None:
     items = [item(f"q{k}", "yes") for k in range(40)]
     with LoopbackChat(lambda _: "Answer: yes") as server:
-        good = measure_accuracy(server.url, "model", items, subject="a", cache=tmp_path, label="BF16")
+        good = measure_accuracy(at(server.url, tmp_path, "a", "BF16"), items)
     with LoopbackChat(lambda _: "Answer: no") as server:
-        bad = measure_accuracy(server.url, "model", items, subject="b", cache=tmp_path, label="broken")
+        bad = measure_accuracy(at(server.url, tmp_path, "b", "broken"), items)
     assert compare_accuracy(good, bad, margin_points=2).overall.verdict == "inferior"
 
 
@@ -114,15 +118,7 @@ def test_runs_over_other_items_or_other_sampling_do_not_pair(tmp_path: Path) -> 
     with LoopbackChat(lambda _: "Answer: yes") as server:
 
         def run(items: list[Item], **sampling: Any) -> Any:
-            return measure_accuracy(
-                server.url,
-                "model",
-                items,
-                subject="a",
-                cache=tmp_path,
-                label="x",
-                sampling=Sampling(**sampling),
-            )
+            return measure_accuracy(at(server.url, tmp_path), items, sampling=Sampling(**sampling))
 
         with pytest.raises(MeasurementError, match="different items"):
             compare_accuracy(run([item("a", "1")]), run([item("b", "1")]), margin_points=2)
@@ -169,9 +165,7 @@ def compared(tmp_path: Path, ours: dict[str, list[Token]], theirs: dict[str, lis
     runs = []
     for label, said in (("no draft", ours), ("draft", theirs)):
         with LoopbackChat(lambda m, said=said: said[m]) as server:  # type: ignore[misc]
-            runs.append(
-                collect_outputs(server.url, "model", items, subject=label, cache=tmp_path, label=label)
-            )
+            runs.append(collect_outputs(at(server.url, tmp_path, label, label), items))
     return compare_outputs(*runs)
 
 
@@ -221,16 +215,17 @@ def test_identity_needs_greedy_sampling_with_log_probabilities(tmp_path: Path) -
     for sampling in (Sampling(temperature=0.7), Sampling(top_logprobs=None)):
         with pytest.raises(MeasurementError, match="temperature 0"):
             collect_outputs(
-                "http://127.0.0.1:9", "m", [item("a", "1")], subject="s", cache=tmp_path, label="x",
+                at("http://127.0.0.1:9", tmp_path),
+                [item("a", "1")],
                 sampling=sampling,
-            )  # fmt: skip
+            )
 
 
 def test_accuracy_and_identity_share_their_answers(tmp_path: Path) -> None:
     items = [item(f"q{k}", "yes") for k in range(5)]
     with LoopbackChat(lambda _: "Answer: yes") as server:
-        measure_accuracy(server.url, "model", items, subject="a", cache=tmp_path, label="x")
-        run = collect_outputs(server.url, "model", items[:3], subject="a", cache=tmp_path, label="x")
+        measure_accuracy(at(server.url, tmp_path, "a", "x"), items)
+        run = collect_outputs(at(server.url, tmp_path, "a", "x"), items[:3])
         assert len(run.outputs) == 3
         assert set(server.asked.values()) == {1}
 
@@ -250,13 +245,9 @@ def test_retrieval_is_by_multiple_and_a_refused_prompt_is_not_found(tmp_path: Pa
     items = long_items()
     answers = {i.messages[0].content: i.answer for i in items}
     with LoopbackChat(lambda m: f"Answer: {answers[m]}", max_characters=25) as server:
-        before = measure_long(
-            server.url, "model", items, subject="a", cache=tmp_path, label="before", trained_length=512
-        )
+        before = measure_long(at(server.url, tmp_path, "a", "before"), items, trained_length=512)
     with LoopbackChat(lambda m: f"Answer: {answers[m]}" if len(m) < 40 else "Answer: ?") as server:
-        after = measure_long(
-            server.url, "model", items, subject="b", cache=tmp_path, label="after", trained_length=512
-        )
+        after = measure_long(at(server.url, tmp_path, "b", "after"), items, trained_length=512)
     assert [(s.multiple, s.correct, s.refused) for s in before.by_multiple] == [
         (1, 10, 0),
         (2, 10, 0),
@@ -275,9 +266,7 @@ def test_a_length_that_fails_ends_the_claim_though_a_longer_one_passes(tmp_path:
     items = long_items()
     answers = {i.messages[0].content: i.answer for i in items}
     with LoopbackChat(lambda m: "Answer: ?" if 20 <= len(m) < 30 else f"Answer: {answers[m]}") as server:
-        run = measure_long(
-            server.url, "model", items, subject="a", cache=tmp_path, label="x", trained_length=512
-        )
+        run = measure_long(at(server.url, tmp_path, "a", "x"), items, trained_length=512)
     assert [s.correct for s in run.by_multiple] == [10, 0, 10]
     assert run.longest_passing_tokens(0.9) == 512
 
@@ -285,9 +274,10 @@ def test_a_length_that_fails_ends_the_claim_though_a_longer_one_passes(tmp_path:
 def test_a_long_item_without_its_length_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MeasurementError, match="lacks meta multiple, context_tokens"):
         measure_long(
-            "http://127.0.0.1:9", "m", [item("a", "1", depth=0.5)], subject="s", cache=tmp_path, label="x",
+            at("http://127.0.0.1:9", tmp_path),
+            [item("a", "1", depth=0.5)],
             trained_length=512,
-        )  # fmt: skip
+        )
 
 
 # --- decode speed by the streaming client ---
@@ -296,14 +286,10 @@ def test_a_long_item_without_its_length_is_refused(tmp_path: Path) -> None:
 def test_decode_speed_counts_the_servers_tokens_and_is_kept(tmp_path: Path) -> None:
     prompts = [item("a", "1"), item("b", "1")]
     with LoopbackChat(lambda _: "one two three four five") as server:
-        speed = measure_decode_speed(
-            server.url, "model", prompts, subject="s", cache=tmp_path, label="FP8", repeats=2
-        )
+        speed = measure_decode_speed(at(server.url, tmp_path), prompts, repeats=2)
         # One unmeasured answer, then two prompts twice.
         assert sum(server.asked.values()) == 5
-        again = measure_decode_speed(
-            "http://127.0.0.1:9", "model", prompts, subject="s", cache=tmp_path, label="FP8", repeats=2
-        )
+        again = measure_decode_speed(at("http://127.0.0.1:9", tmp_path), prompts, repeats=2)
     assert again == speed
     assert 0 < speed.low <= speed.tokens_per_s <= speed.high
     # Five tokens at a millisecond each at the least: no more than a thousand a second.
@@ -312,6 +298,4 @@ def test_decode_speed_counts_the_servers_tokens_and_is_kept(tmp_path: Path) -> N
 
 def test_answers_of_one_token_give_no_decode_speed(tmp_path: Path) -> None:
     with LoopbackChat(lambda _: "one") as server, pytest.raises(MeasurementError, match="two tokens"):
-        measure_decode_speed(
-            server.url, "model", [item("a", "1")], subject="s", cache=tmp_path, label="FP8", repeats=1
-        )
+        measure_decode_speed(at(server.url, tmp_path), [item("a", "1")], repeats=1)

@@ -8,12 +8,12 @@ import random
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import pytest
 from loopback_chat import LoopbackChat, Token
 from pydantic import ValidationError
 
+from validation.endpoint import Target
 from validation.environment import Environment
 from validation.errors import MeasurementError
 from validation.gates import Gate, at_least, at_most, failed, overall
@@ -124,6 +124,21 @@ def _sweep(
     )
 
 
+def _decode(label: str, subject: str, speeds: tuple[float, float, float], ttft_ms: float) -> DecodeSpeed:
+    low, median, high = speeds
+    return DecodeSpeed(
+        label=label,
+        subject=subject,
+        prompts=8,
+        repeats=3,
+        output_tokens=96,
+        tokens_per_s=median,
+        low=low,
+        high=high,
+        ttft_ms=ttft_ms,
+    )
+
+
 def sample_inputs(cache: Path) -> ReportInputs:
     """A full report: accuracy, identity and retrieval through a rule-based server, speeds as given here."""
     runs, outputs = {}, {}
@@ -133,24 +148,15 @@ def sample_inputs(cache: Path) -> ReportInputs:
         ("FP8 + EAGLE3", DRAFTED, 0.06, 2),
     ):
         with _server(_items(False), wrong, seed) as server:
-            options: dict[str, Any] = {"subject": subject, "cache": cache, "label": label}
-            runs[label] = measure_accuracy(server.url, "model", _items(False), **options)
-            outputs[label] = collect_outputs(server.url, "model", _items(False)[:100], **options)
+            target = Target(server.url, "model", subject, label, cache)
+            runs[label] = measure_accuracy(target, _items(False))
+            outputs[label] = collect_outputs(target, _items(False)[:100])
     long = []
     for label, wrong in (("before, 512 tokens", 0.6), ("after, YaRN 4×", 0.2)):
         with _server(_items(True), wrong, 5) as server:
             subject = DIGESTS["BF16" if "before" in label else "FP8"]
-            long.append(
-                measure_long(
-                    server.url,
-                    "model",
-                    _items(True),
-                    subject=subject,
-                    cache=cache,
-                    label=label,
-                    trained_length=512,
-                )
-            )
+            target = Target(server.url, "model", subject, label, cache)
+            long.append(measure_long(target, _items(True), trained_length=512))
     accepted = Acceptance(
         length=2.61, per_position=(0.71, 0.52, 0.38), drafts=368, draft_tokens=1104, accepted_tokens=592
     )
@@ -181,28 +187,8 @@ def sample_inputs(cache: Path) -> ReportInputs:
         ),
         throughput_baseline="Dense baseline",
         decode=(
-            DecodeSpeed(
-                label="FP8",
-                subject=DIGESTS["FP8"],
-                prompts=8,
-                repeats=3,
-                output_tokens=96,
-                tokens_per_s=231.0,
-                low=228.0,
-                high=236.0,
-                ttft_ms=18.2,
-            ),
-            DecodeSpeed(
-                label="FP8 + EAGLE3",
-                subject=DRAFTED,
-                prompts=8,
-                repeats=3,
-                output_tokens=96,
-                tokens_per_s=318.0,
-                low=309.0,
-                high=322.0,
-                ttft_ms=19.9,
-            ),
+            _decode("FP8", DIGESTS["FP8"], (228.0, 231.0, 236.0), 18.2),
+            _decode("FP8 + EAGLE3", DRAFTED, (309.0, 318.0, 322.0), 19.9),
         ),
         gates=(
             at_most("Accuracy lost by FP8", 1.0, 2.0, "points"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from validation.bench_client import BenchClient
-from validation.endpoint import Message, Sampling
+from validation.endpoint import Message, Sampling, Target
 from validation.errors import MeasurementError
 from validation.identity import collect_outputs, compare_outputs
 from validation.longcontext import measure_long
@@ -80,15 +82,11 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def sweep(tmp_path: Path, subject: str = "s", match: ThroughputRun | None = None) -> ThroughputRun:
     prompts = [[Message(role="user", content=f"question {k}")] for k in range(3)]
     return measure_throughput(
-        "http://127.0.0.1:9",
-        "model",
+        Target("http://127.0.0.1:9", "model", subject, subject, tmp_path / "cache"),
         tokenizer=tmp_path,
         prompts=prompts,
         concurrency=(1, 4),
         output_tokens=20,
-        subject=subject,
-        cache=tmp_path / "cache",
-        label=subject,
         match=match,
     )
 
@@ -168,18 +166,15 @@ def test_a_real_server_is_measured_from_accuracy_to_throughput(tmp_path: Path) -
     items = items_from(heldout_items(4, 3))
     cache = tmp_path / "cache"
     with Server(ServeSpec(model=model), log=tmp_path / "server.log") as server:
-        run = measure_accuracy(server.url, "model", items, subject="nano", cache=cache, label="nano")
+        target = Target(server.url, "model", "nano", "nano", cache)
+        run = measure_accuracy(target, items)
         # How much it gets right is a claim about the nano, made elsewhere.
         assert run.overall.n == len(items)
         assert all(r.prompt_tokens > 0 and r.completion_tokens > 0 for r in run.results)
         one, eight = (
             collect_outputs(
-                server.url,
-                "model",
+                replace(target, subject=f"at {c}", label=str(c)),
                 items,
-                subject=f"at {c}",
-                cache=cache,
-                label=str(c),
                 concurrency=c,
                 sampling=Sampling(max_tokens=64),
             )
@@ -192,46 +187,28 @@ def test_a_real_server_is_measured_from_accuracy_to_throughput(tmp_path: Path) -
         assert all(t.token.startswith("token_id:") for o in one.outputs for t in o.tokens)
 
         records = items_from([*long_items(1, 3), *long_items(2, 3)])
-        long = measure_long(
-            server.url, "model", records, subject="nano", cache=cache, label="nano", trained_length=512
-        )
+        long = measure_long(target, records, trained_length=512)
         # Twice the trained length does not fit: the server refuses, and that counts as not found.
         assert [s.refused for s in long.by_multiple] == [0, 3]
 
         system = [Message(role="system", content="Be brief."), *items[0].messages]
         with BenchClient() as bench:
-            common = {"tokenizer": model, "output_tokens": 48, "cache": cache, "bench": bench}
-            natural = measure_throughput(
-                server.url,
-                "model",
-                prompts=items[:8],
-                concurrency=(1, 4),
-                subject="nano",
-                label="nano",
-                **common,
-            )
+            common: dict[str, Any] = {"tokenizer": model, "output_tokens": 48, "bench": bench}
+            natural = measure_throughput(target, prompts=items[:8], concurrency=(1, 4), **common)
             matched = measure_throughput(
-                server.url,
-                "model",
+                replace(target, subject="again", label="again"),
                 prompts=items[:8],
                 concurrency=(1,),
-                subject="again",
-                label="again",
                 match=natural,
                 **common,
             )
             turns = measure_throughput(
-                server.url,
-                "model",
+                replace(target, subject="turns", label="turns"),
                 prompts=[system],
                 concurrency=(1,),
-                subject="turns",
-                label="turns",
                 **common,
             )
-        speed = measure_decode_speed(
-            server.url, "model", items[:4], subject="nano", cache=cache, label="nano", repeats=2
-        )
+        speed = measure_decode_speed(target, items[:4], repeats=2)
     assert [c.completed for c in natural.cells] == [8, 8]
     # vLLM's count of tokens is ours: the chat template of the benchmark is the server's.
     asked = {r.id: r.prompt_tokens for r in run.results}

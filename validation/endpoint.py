@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -26,6 +27,8 @@ from pydantic import Field, ValidationError
 from validation.document import Document, Url, canonical_json, digest_of, resolve_url
 from validation.errors import MeasurementError, ServerUnreachable
 
+Progress = Callable[[int, int], None]
+"""Called with (answered, all) after each answer."""
 REFUSED = "refused"
 """`finish_reason` of a prompt that the server would not take because it is too long."""
 
@@ -137,7 +140,7 @@ class Endpoint:
         subject: str,
         cache: Path,
         refusals: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[Completion]:
         """Answers in the order of `requests`; those on disk are read, the others asked for and written.
 
@@ -145,7 +148,6 @@ class Endpoint:
             subject: digest of what is served. It keys the cache: other weights, other answers.
             cache: directory of the answer files, made if missing.
             refusals: take a prompt that is too long for the server as an answer (`finish_reason` "refused").
-            progress: called with (answered, all) after each answer.
 
         Raises:
             ServerUnreachable: a request failed `attempts` times; what was answered is kept.
@@ -170,7 +172,7 @@ class Endpoint:
         sampling: Sampling,
         answers: AnswerFile,
         refusals: bool,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
         total: int,
     ) -> None:
         stop = threading.Event()
@@ -264,6 +266,37 @@ class Endpoint:
             )
         return MeasurementError(
             f"{client.base_url} rejects {request.id!r} with HTTP {response.status_code}: {_said(response)}"
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured, and where its answers are kept."""
+
+    url: Url
+    model: str
+    """Name it is served under."""
+    subject: str
+    """Digest of what is served. It keys the cache: other weights, other answers."""
+    label: str
+    """What tables call it."""
+    cache: Path
+    """Folder of the answers, made if missing."""
+
+    def ask(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        concurrency: int = 8,
+        timeout_s: float = 120.0,
+        refusals: bool = False,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """The answers in the order of `requests`; see `Endpoint` and `Endpoint.complete`."""
+        endpoint = Endpoint(self.url, self.model, concurrency=concurrency, timeout_s=timeout_s)
+        return endpoint.complete(
+            requests, sampling, subject=self.subject, cache=self.cache, refusals=refusals, progress=progress
         )
 
 

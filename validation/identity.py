@@ -8,11 +8,10 @@ starts there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from validation.document import Document, Url
-from validation.endpoint import Endpoint, Sampling, TokenOutput
+from validation.document import Document
+from validation.endpoint import Progress, Sampling, Target, TokenOutput
 from validation.errors import MeasurementError
 from validation.tasks.items import Item, items_digest
 
@@ -95,17 +94,13 @@ class IdentityResult(Document):
 
 
 def collect_outputs(
-    url: Url,
-    model: str,
+    target: Target,
     items: Sequence[Item],
     *,
-    subject: str,
-    cache: Path,
-    label: str,
     concurrency: int = 8,
     sampling: Sampling | None = None,
     timeout_s: float = 120.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> OutputRun:
     """Greedy answers with token log-probabilities; shares its cache with `measure_accuracy`.
 
@@ -116,15 +111,14 @@ def collect_outputs(
     sampling = sampling or Sampling()
     if sampling.temperature != 0.0 or not sampling.top_logprobs:
         raise MeasurementError("output identity needs temperature 0 and at least one top log-probability")
-    endpoint = Endpoint(url, model, concurrency=concurrency, timeout_s=timeout_s)
-    completions = endpoint.complete(
-        [i.request for i in items], sampling, subject=subject, cache=cache, progress=progress
+    completions = target.ask(
+        [i.request for i in items], sampling, concurrency=concurrency, timeout_s=timeout_s, progress=progress
     )
     outputs = []
     for completion in completions:
         if completion.tokens is None:
             raise MeasurementError(
-                f"the server of {label} returns no log-probabilities",
+                f"the server of {target.label} returns no log-probabilities",
                 "Identity needs them to find near ties.",
             )
         outputs.append(
@@ -136,8 +130,8 @@ def collect_outputs(
             )
         )
     return OutputRun(
-        label=label,
-        subject=subject,
+        label=target.label,
+        subject=target.subject,
         items_digest=items_digest(items),
         sampling=sampling,
         outputs=tuple(outputs),

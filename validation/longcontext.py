@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from validation.document import Document, Url
-from validation.endpoint import REFUSED, Endpoint, Sampling
+from validation.document import Document
+from validation.endpoint import REFUSED, Progress, Sampling, Target
 from validation.errors import MeasurementError
 from validation.statistics import wilson
 from validation.tasks.comparison import Paired, paired_outcomes
@@ -84,18 +83,14 @@ class LongComparison(Document):
 
 
 def measure_long(
-    url: Url,
-    model: str,
+    target: Target,
     items: Sequence[Item],
     *,
-    subject: str,
-    cache: Path,
-    label: str,
     trained_length: int,
     concurrency: int = 4,
     sampling: Sampling | None = None,
     timeout_s: float = 300.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LongRun:
     """Ask every long-record item; `meta` must name `multiple`, `context_tokens` and `depth`.
 
@@ -109,9 +104,13 @@ def measure_long(
         if lacking:
             raise MeasurementError(f"the long-record item {item.id!r} lacks meta {', '.join(lacking)}")
     sampling = sampling or Sampling(max_tokens=64, top_logprobs=None)
-    endpoint = Endpoint(url, model, concurrency=concurrency, timeout_s=timeout_s)
-    completions = endpoint.complete(
-        [i.request for i in items], sampling, subject=subject, cache=cache, refusals=True, progress=progress
+    completions = target.ask(
+        [i.request for i in items],
+        sampling,
+        concurrency=concurrency,
+        timeout_s=timeout_s,
+        refusals=True,
+        progress=progress,
     )
     results = []
     for item, completion in zip(items, completions, strict=True):
@@ -131,8 +130,8 @@ def measure_long(
         )
     multiples = sorted({r.multiple for r in results})
     return LongRun(
-        label=label,
-        subject=subject,
+        label=target.label,
+        subject=target.subject,
         items_digest=items_digest(items),
         sampling=sampling,
         trained_length=trained_length,

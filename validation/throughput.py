@@ -20,8 +20,8 @@ import httpx
 from pydantic import ValidationError
 
 from validation.bench_client import BenchClient
-from validation.document import Document, Url, canonical_json, digest_of, resolve_url
-from validation.endpoint import Message
+from validation.document import Document, canonical_json, digest_of, resolve_url
+from validation.endpoint import Message, Target
 from validation.environment import collect_environment
 from validation.errors import MeasurementError, ServerUnreachable
 from validation.tasks.items import Item
@@ -130,23 +130,19 @@ class DecodeSpeed(Document):
 
 
 def measure_throughput(
-    url: Url,
-    model: str,
+    target: Target,
     *,
     tokenizer: Path,
     prompts: Sequence[Prompt],
     concurrency: Sequence[int],
     output_tokens: int,
-    subject: str,
-    cache: Path,
-    label: str,
     bench: BenchClient | None = None,
     match: ThroughputRun | None = None,
     warmups: int = 2,
     seed: int = 0,
     timeout_s: float = 1800.0,
 ) -> ThroughputRun:
-    """Drive a server with `vllm bench serve` at each concurrency; finished cells are read from `cache`.
+    """Drive a server with `vllm bench serve` at each concurrency; finished cells are read from its cache.
 
     Args:
         tokenizer: directory with the model's tokenizer, to count tokens and to apply the chat template.
@@ -166,7 +162,7 @@ def measure_throughput(
     if match is not None and match.prompts_digest != prompts_digest:
         raise MeasurementError(f"{match.label} was measured on other prompts; lengths cannot be matched")
     machine = collect_environment().machine
-    cache.mkdir(parents=True, exist_ok=True)
+    target.cache.mkdir(parents=True, exist_ok=True)
     own = bench or BenchClient()
     try:
         cells = []
@@ -175,7 +171,7 @@ def measure_throughput(
             key = digest_of(
                 {
                     "tool": "vllm bench serve",
-                    "subject": subject,
+                    "subject": target.subject,
                     "prompts": prompts_digest,
                     "concurrency": level,
                     "output_tokens": output_tokens,
@@ -185,12 +181,11 @@ def measure_throughput(
                     "machine": machine,
                 }
             ).removeprefix("sha256:")[:20]
-            path = cache / f"throughput-{key}.json"
+            path = target.cache / f"throughput-{key}.json"
             cell = _read_cell(path)
             if cell is None:
                 cell = _run_cell(
-                    url,
-                    model,
+                    target,
                     tokenizer,
                     conversations,
                     lengths or [output_tokens] * len(conversations),
@@ -207,8 +202,8 @@ def measure_throughput(
         if bench is None:
             own.close()
     return ThroughputRun(
-        label=label,
-        subject=subject,
+        label=target.label,
+        subject=target.subject,
         prompts=len(conversations),
         prompts_digest=prompts_digest,
         output_tokens=output_tokens,
@@ -240,13 +235,9 @@ def compare_throughput(baseline: ThroughputRun, candidate: ThroughputRun) -> lis
 
 
 def measure_decode_speed(
-    url: Url,
-    model: str,
+    target: Target,
     prompts: Sequence[Prompt],
     *,
-    subject: str,
-    cache: Path,
-    label: str,
     output_tokens: int = 128,
     repeats: int = 3,
     timeout_s: float = 120.0,
@@ -258,32 +249,34 @@ def measure_decode_speed(
     """
     conversations = [_messages(p) for p in prompts]
     settings = {
-        "subject": subject,
+        "subject": target.subject,
         "prompts": digest_of(conversations),
         "output_tokens": output_tokens,
         "repeats": repeats,
         "machine": collect_environment().machine,
     }
-    path = cache / f"decode-{digest_of(settings).removeprefix('sha256:')[:20]}.json"
+    path = target.cache / f"decode-{digest_of(settings).removeprefix('sha256:')[:20]}.json"
     try:
-        return DecodeSpeed.model_validate_json(path.read_bytes()).model_copy(update={"label": label})
+        return DecodeSpeed.model_validate_json(path.read_bytes()).model_copy(update={"label": target.label})
     except (OSError, ValidationError):
         pass
     speeds, firsts = [], []
-    with httpx.Client(base_url=resolve_url(url), timeout=timeout_s, trust_env=False) as client:
-        _stream(client, model, conversations[0], output_tokens)
+    with httpx.Client(base_url=resolve_url(target.url), timeout=timeout_s, trust_env=False) as client:
+        _stream(client, target.model, conversations[0], output_tokens)
         for _ in range(repeats):
             tokens, seconds = 0, 0.0
             for conversation in conversations:
-                count, first, rest = _stream(client, model, conversation, output_tokens)
+                count, first, rest = _stream(client, target.model, conversation, output_tokens)
                 firsts.append(1000 * first)
                 tokens, seconds = tokens + max(0, count - 1), seconds + rest
             if tokens == 0 or seconds <= 0:
-                raise MeasurementError(f"{label}: no answer had two tokens; decode speed cannot be measured")
+                raise MeasurementError(
+                    f"{target.label}: no answer had two tokens; decode speed cannot be measured"
+                )
             speeds.append(tokens / seconds)
     result = DecodeSpeed(
-        label=label,
-        subject=subject,
+        label=target.label,
+        subject=target.subject,
         prompts=len(conversations),
         repeats=repeats,
         output_tokens=output_tokens,
@@ -335,8 +328,7 @@ def _stream(
 
 
 def _run_cell(
-    url: Url,
-    model: str,
+    target: Target,
     tokenizer: Path,
     conversations: list[list[dict[str, str]]],
     lengths: Sequence[int],
@@ -348,7 +340,7 @@ def _run_cell(
     bench: BenchClient,
     timeout_s: float,
 ) -> Cell:
-    base = resolve_url(url)
+    base, model = resolve_url(target.url), target.model
     plain = all(len(c) == 1 and c[0]["role"] == "user" for c in conversations)
     texts = [c[0]["content"] for c in conversations] if plain else _rendered(base, model, conversations)
     dataset = path.with_suffix(".prompts.jsonl")

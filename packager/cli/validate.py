@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,9 +16,9 @@ from packager.errors import BadInput, GateFailed
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from validation.endpoint import Target
     from validation.tasks import AccuracyComparison
 
-F = TypeVar("F", bound=Callable[..., Any])
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -33,8 +34,33 @@ def command() -> None:
 command.add_command(structure)
 
 
-def _server(function: F) -> F:
-    """The options that every measurement of a server has."""
+@dataclass(frozen=True)
+class _Server:
+    """What the options that every measurement has say."""
+
+    target: Target
+    out: Path | None
+    as_json: bool
+
+
+def _server(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that every measurement of a server has, handed over as one `_Server`."""
+
+    @functools.wraps(function)
+    def packed(
+        url: str,
+        model: str,
+        subject: str,
+        label: str,
+        cache: Path,
+        out: Path | None,
+        as_json: bool,
+        **own: Any,
+    ) -> None:
+        from validation.endpoint import Target
+
+        function(_Server(Target(url, model, subject, label, cache), out, as_json), **own)
+
     options = [
         click.option("--url", required=True, help="Base URL of the server, without /v1."),
         click.option("--model", default="model", show_default=True, help="Name the server serves under."),
@@ -54,7 +80,20 @@ def _server(function: F) -> F:
         click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the run as JSON."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
     ]
-    return functools.reduce(lambda f, option: option(f), reversed(options), function)
+    return functools.reduce(lambda f, option: option(f), reversed(options), packed)
+
+
+def _levels(_context: click.Context, _option: click.Parameter, value: str) -> list[int]:
+    """Numbers of 1 or more, by commas."""
+    try:
+        levels = [int(level) for level in value.split(",")]
+        if min(levels) < 1:
+            raise ValueError
+    except ValueError:
+        raise click.UsageError(
+            f"--concurrency takes numbers of 1 or more, such as 1,8; got {value!r}"
+        ) from None
+    return levels
 
 
 _items = click.option(
@@ -80,13 +119,7 @@ _items = click.option(
     help="Loss in percentage points that still counts as non-inferior.",
 )
 def accuracy(
-    url: str,
-    model: str,
-    subject: str,
-    label: str,
-    cache: Path,
-    out: Path | None,
-    as_json: bool,
+    server: _Server,
     items_path: Path,
     concurrency: int,
     max_tokens: int,
@@ -102,19 +135,15 @@ def accuracy(
 
     before = _read(AccuracyRun, reference) if reference is not None else None
     run = measure_accuracy(
-        url,
-        model,
+        server.target,
         load_items(items_path),
-        subject=subject,
-        cache=cache,
-        label=label,
         concurrency=concurrency,
         sampling=Sampling(max_tokens=max_tokens),
         progress=_progress,
     )
-    _write(run, out)
+    _write(run, server.out)
     comparison = compare_accuracy(before, run, margin_points=margin_points) if before is not None else None
-    if as_json:
+    if server.as_json:
         _emit(run=run, comparison=comparison)
     else:
         header = ["task", "items", "right", "accuracy %", "95 % interval", "commonest answer %"]
@@ -154,13 +183,7 @@ def accuracy(
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 def fidelity(
-    url: str,
-    model: str,
-    subject: str,
-    label: str,
-    cache: Path,
-    out: Path | None,
-    as_json: bool,
+    server: _Server,
     items_path: Path,
     reference_url: str,
     reference_model: str,
@@ -180,31 +203,21 @@ def fidelity(
 
     items = load_items(items_path)[:prompts]
     sampling = Sampling(max_tokens=max_tokens)
-    reference = collect_outputs(
-        reference_url,
-        reference_model,
-        items,
+    reference = replace(
+        server.target,
+        url=reference_url,
+        model=reference_model,
         subject=reference_subject,
-        cache=cache,
         label=reference_label,
-        concurrency=concurrency,
-        sampling=sampling,
-        progress=_progress,
     )
-    candidate = collect_outputs(
-        url,
-        model,
-        items,
-        subject=subject,
-        cache=cache,
-        label=label,
-        concurrency=concurrency,
-        sampling=sampling,
-        progress=_progress,
+    result = compare_outputs(
+        *(
+            collect_outputs(target, items, concurrency=concurrency, sampling=sampling, progress=_progress)
+            for target in (reference, server.target)
+        )
     )
-    result = compare_outputs(reference, candidate)
-    _write(result, out)
-    if as_json:
+    _write(result, server.out)
+    if server.as_json:
         _emit(identity=result)
         return
     click.echo(f"{result.identical} of {result.n} greedy answers are identical")
@@ -236,13 +249,7 @@ def fidelity(
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 def context(
-    url: str,
-    model: str,
-    subject: str,
-    label: str,
-    cache: Path,
-    out: Path | None,
-    as_json: bool,
+    server: _Server,
     items_path: Path,
     trained_length: int,
     before: Path | None,
@@ -257,20 +264,16 @@ def context(
     earlier = _read(LongRun, before) if before is not None else None
     items = [item for item in load_items(items_path) if "multiple" in item.meta]
     run = measure_long(
-        url,
-        model,
+        server.target,
         items,
-        subject=subject,
-        cache=cache,
-        label=label,
         trained_length=trained_length,
         concurrency=concurrency,
         sampling=Sampling(max_tokens=max_tokens, top_logprobs=None),
         progress=_progress,
     )
-    _write(run, out)
+    _write(run, server.out)
     comparison = compare_long(earlier, run) if earlier is not None else None
-    if as_json:
+    if server.as_json:
         _emit(run=run, comparison=comparison)
         return
     paired = {p.scope: p for p in comparison.by_multiple} if comparison is not None else {}
@@ -298,23 +301,21 @@ def context(
 )
 @click.option("--prompts", type=click.IntRange(min=1), default=64, show_default=True, help="First N items.")
 @click.option(
-    "--concurrency", "levels", default="1,8", show_default=True, help="Requests in flight, by commas."
+    "--concurrency",
+    default="1,8",
+    show_default=True,
+    callback=_levels,
+    help="Requests in flight, by commas.",
 )
 @click.option("--output-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--baseline", type=_FILE, help="Run of the baseline (its --out) to take the ratio to.")
 @click.option("--match", type=_FILE, help="Give each answer as many tokens as in this run (its --out).")
 def throughput(
-    url: str,
-    model: str,
-    subject: str,
-    label: str,
-    cache: Path,
-    out: Path | None,
-    as_json: bool,
+    server: _Server,
     items_path: Path,
     tokenizer: Path,
     prompts: int,
-    levels: str,
+    concurrency: list[int],
     output_tokens: int,
     baseline: Path | None,
     match: Path | None,
@@ -323,30 +324,18 @@ def throughput(
     from validation.tasks import load_items
     from validation.throughput import ThroughputRun, compare_throughput, measure_throughput
 
-    try:
-        concurrency = [int(level) for level in levels.split(",")]
-        if min(concurrency) < 1:
-            raise ValueError
-    except ValueError:
-        raise click.UsageError(
-            f"--concurrency takes numbers of 1 or more, such as 1,8; got {levels!r}"
-        ) from None
     base = _read(ThroughputRun, baseline) if baseline is not None else None
     run = measure_throughput(
-        url,
-        model,
+        server.target,
         tokenizer=tokenizer,
         prompts=load_items(items_path)[:prompts],
         concurrency=concurrency,
         output_tokens=output_tokens,
-        subject=subject,
-        cache=cache,
-        label=label,
         match=_read(ThroughputRun, match) if match is not None else None,
     )
-    _write(run, out)
+    _write(run, server.out)
     ratios = compare_throughput(base, run) if base is not None else []
-    if as_json:
+    if server.as_json:
         _emit(run=run, ratios=ratios)
         return
     by_level = {r.concurrency: f"{r.ratio:.2f}" for r in ratios}

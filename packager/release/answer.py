@@ -38,16 +38,12 @@ def ask_downloaded(served: Served, item: Item, workspace: Workspace, max_tokens:
     kept = kept_answer(workspace, served.subject)
     if kept is not None:
         return kept
-    from validation.endpoint import Endpoint, Sampling
+    from validation.endpoint import Sampling
     from validation.tasks.scoring import extract_answer, is_correct
 
     # A cache of its own: this answer is to come from the downloaded bytes, whatever was measured before.
-    [completion] = Endpoint(served.url, served.name).complete(
-        [item.request],
-        Sampling(max_tokens=max_tokens),
-        subject=served.subject,
-        cache=workspace.work / "first-answer",
-    )
+    target = served.target(workspace.work / "first-answer")
+    [completion] = target.ask([item.request], Sampling(max_tokens=max_tokens))
     answer = FirstAnswer(
         subject=served.subject,
         question=item.messages[-1].content,

@@ -183,15 +183,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     margin = recipe.gates.max_accuracy_loss_points or 2.0
 
     def accuracy(served: Served) -> AccuracyRun:
-        run = measure_accuracy(
-            served.url,
-            served.name,
-            asked.items,
-            subject=served.subject,
-            cache=cache,
-            label=served.label,
-            sampling=sampling,
-        )
+        run = measure_accuracy(served.target(cache), asked.items, sampling=sampling)
         say(f"  {served.label}: {run.overall.correct} of {run.overall.n} right")
         return run
 
@@ -199,29 +191,18 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         if not asked.long:
             return None
         return measure_long(
-            served.url,
-            served.name,
-            asked.long,
-            subject=served.subject,
-            cache=cache,
-            label=label,
-            trained_length=trained,
-            sampling=long_sampling,
+            served.target(cache, label), asked.long, trained_length=trained, sampling=long_sampling
         )
 
     with BenchClient() as bench:
 
         def throughput(served: Served, match: ThroughputRun | None = None) -> ThroughputRun:
             run = measure_throughput(
-                served.url,
-                served.name,
+                served.target(cache),
                 tokenizer=served.tokenizer,
                 prompts=speed,
                 concurrency=spec.concurrency,
                 output_tokens=spec.throughput_output_tokens,
-                subject=served.subject,
-                cache=cache,
-                label=served.label,
                 bench=bench,
                 match=match,
                 seed=spec.seed,
@@ -237,18 +218,12 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             long_before = long_records(served, "FP8, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
-            reference = collect_outputs(
-                served.url, served.name, same, subject=served.subject, cache=cache, label=served.label,
-                sampling=sampling,
-            )  # fmt: skip
+            reference = collect_outputs(served.target(cache), same, sampling=sampling)
             long_after = long_records(served, "FP8, YaRN")
             without_draft = throughput(served)
         with variants.draft() as served:
             drafted = accuracy(served)
-            candidate = collect_outputs(
-                served.url, served.name, same, subject=served.subject, cache=cache, label=served.label,
-                sampling=sampling,
-            )  # fmt: skip
+            candidate = collect_outputs(served.target(cache), same, sampling=sampling)
             with_draft = throughput(served)
         dense_path = dense_baseline(recipe, workspace, variants.source)
         dense = None

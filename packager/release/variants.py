@@ -20,6 +20,7 @@ from packager.release.workspace import Workspace
 
 if TYPE_CHECKING:
     from packager.serving import Server, ServeSpec
+    from validation.endpoint import Target
 
 Say = Callable[[str], None]
 SERVED_NAME = "model"
@@ -52,6 +53,12 @@ class Served:
             server.start()
             self._server = server
         return self._server.url
+
+    def target(self, cache: Path, label: str | None = None) -> Target:
+        """What measurements take: this variant, its answers kept in `cache`, called `label` if given."""
+        from validation.endpoint import Target
+
+        return Target(self.url, self.name, self.subject, label or self.label, cache)
 
     def stop(self) -> None:
         """Stop the server if it runs."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from validation.document import Document, Url
-from validation.endpoint import Endpoint, Sampling
+from validation.document import Document
+from validation.endpoint import Progress, Sampling, Target
 from validation.errors import MeasurementError
 from validation.statistics import wilson
 from validation.tasks.items import Item, items_digest
@@ -68,19 +67,15 @@ class AccuracyRun(Document):
 
 
 def measure_accuracy(
-    url: Url,
-    model: str,
+    target: Target,
     items: Sequence[Item],
     *,
-    subject: str,
-    cache: Path,
-    label: str,
     concurrency: int = 8,
     sampling: Sampling | None = None,
     timeout_s: float = 120.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> AccuracyRun:
-    """Ask every item and score the answers; answers already in `cache` are not asked for again.
+    """Ask every item and score the answers; answers already in the target's cache are not asked for again.
 
     Raises:
         MeasurementError, ServerUnreachable: see `Endpoint.complete`.
@@ -88,9 +83,8 @@ def measure_accuracy(
     if not items:
         raise MeasurementError("no items to measure accuracy on")
     sampling = sampling or Sampling()
-    endpoint = Endpoint(url, model, concurrency=concurrency, timeout_s=timeout_s)
-    completions = endpoint.complete(
-        [i.request for i in items], sampling, subject=subject, cache=cache, progress=progress
+    completions = target.ask(
+        [i.request for i in items], sampling, concurrency=concurrency, timeout_s=timeout_s, progress=progress
     )
     results = []
     for item, completion in zip(items, completions, strict=True):
@@ -111,9 +105,9 @@ def measure_accuracy(
             )
         )
     return AccuracyRun(
-        label=label,
-        subject=subject,
-        model=model,
+        label=target.label,
+        subject=target.subject,
+        model=target.model,
         items_digest=items_digest(items),
         sampling=sampling,
         results=tuple(results),
