@@ -36,7 +36,9 @@ def peak():
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 """
 
-OURS = PEAK + """
+OURS = (
+    PEAK
+    + """
 import json, sys, time
 began = time.monotonic()
 from pathlib import Path
@@ -59,8 +61,11 @@ print(json.dumps({
     "kernel": [line for line in lines if line.startswith("kernel: ")][0].removeprefix("kernel: "),
 }))
 """
+)
 
-THEIRS = PEAK + """
+THEIRS = (
+    PEAK
+    + """
 import json, sys, time
 from llmcompressor import model_free_ptq
 began = time.monotonic()
@@ -69,6 +74,7 @@ model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="FP8_B
 print(json.dumps({"steady": time.monotonic() - began,
                   "rss": peak()}))
 """
+)
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> int:

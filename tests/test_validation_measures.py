@@ -292,8 +292,6 @@ def test_decode_speed_counts_the_servers_tokens_and_is_kept(tmp_path: Path) -> N
         again = measure_decode_speed(at("http://127.0.0.1:9", tmp_path), prompts, repeats=2)
     assert again == speed
     assert 0 < speed.low <= speed.tokens_per_s <= speed.high
-    # Five tokens at a millisecond each at the least: no more than a thousand a second.
-    assert speed.tokens_per_s <= 1000
 
 
 def test_answers_of_one_token_give_no_decode_speed(tmp_path: Path) -> None:

@@ -99,7 +99,6 @@ def collect_outputs(
     *,
     concurrency: int = 8,
     sampling: Sampling | None = None,
-    timeout_s: float = 120.0,
     progress: Progress | None = None,
 ) -> OutputRun:
     """Greedy answers with token log-probabilities; shares its cache with `measure_accuracy`.
@@ -111,9 +110,7 @@ def collect_outputs(
     sampling = sampling or Sampling()
     if sampling.temperature != 0.0 or not sampling.top_logprobs:
         raise MeasurementError("output identity needs temperature 0 and at least one top log-probability")
-    completions = target.ask(
-        [i.request for i in items], sampling, concurrency=concurrency, timeout_s=timeout_s, progress=progress
-    )
+    completions = target.ask([i.request for i in items], sampling, concurrency=concurrency, progress=progress)
     outputs = []
     for completion in completions:
         if completion.tokens is None:

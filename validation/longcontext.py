@@ -12,6 +12,9 @@ from validation.tasks.comparison import Paired, paired_outcomes
 from validation.tasks.items import Item, items_digest
 from validation.tasks.scoring import extract_answer, is_correct, normalise
 
+_TIMEOUT_S = 300.0
+"""Until an answer: reading a record of 128K tokens takes its time."""
+
 
 class LongResult(Document):
     """One long-record item as one model answered it."""
@@ -89,7 +92,6 @@ def measure_long(
     trained_length: int,
     concurrency: int = 4,
     sampling: Sampling | None = None,
-    timeout_s: float = 300.0,
     progress: Progress | None = None,
 ) -> LongRun:
     """Ask every long-record item; `meta` must name `multiple`, `context_tokens` and `depth`.
@@ -108,7 +110,7 @@ def measure_long(
         [i.request for i in items],
         sampling,
         concurrency=concurrency,
-        timeout_s=timeout_s,
+        timeout_s=_TIMEOUT_S,
         refusals=True,
         progress=progress,
     )

@@ -72,7 +72,6 @@ def measure_accuracy(
     *,
     concurrency: int = 8,
     sampling: Sampling | None = None,
-    timeout_s: float = 120.0,
     progress: Progress | None = None,
 ) -> AccuracyRun:
     """Ask every item and score the answers; answers already in the target's cache are not asked for again.
@@ -83,9 +82,7 @@ def measure_accuracy(
     if not items:
         raise MeasurementError("no items to measure accuracy on")
     sampling = sampling or Sampling()
-    completions = target.ask(
-        [i.request for i in items], sampling, concurrency=concurrency, timeout_s=timeout_s, progress=progress
-    )
+    completions = target.ask([i.request for i in items], sampling, concurrency=concurrency, progress=progress)
     results = []
     for item, completion in zip(items, completions, strict=True):
         extracted = extract_answer(completion.text)
