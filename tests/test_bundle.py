@@ -46,7 +46,8 @@ def test_the_bundle_holds_a_model_repository_and_what_proves_it(released: Path) 
     assert found >= {
         "config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja",
         "generation_config.json", "draft/model.safetensors", "draft/config.json", "evidence/report.json",
-        "evidence/report.md", "bundle.lock", "serve.yaml", "README.md",
+        "evidence/report.md", "evidence/fidelity.jsonl", "evidence/fidelity.svg", "bundle.lock",
+        "serve.yaml", "README.md",
         "LICENSE-NOTE.md", "model.sig", "manifest.json",
     }  # fmt: skip
     assert not [p for p in found if p.endswith(".py")]
@@ -288,6 +289,7 @@ def test_the_card_is_read_by_the_hub_library_and_carries_the_measured_figures(re
     assert "served **dequantized**" in text
     assert "## Inherited, not measured here" in text
     assert "| fast \\| very | card of org/base |" in text
+    assert "| routed_expert | 4 | 31.52 | 31.40 |" in text
     assert "| Weights | 0.02 MB, fp8-block" in text
     assert text.endswith("it too.\n\nLicence: apache-2.0; see [LICENSE-NOTE.md](LICENSE-NOTE.md).\n")
     assert "### Speed\n\nNot measured." in text

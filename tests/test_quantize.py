@@ -19,6 +19,7 @@ from packager.errors import BadInput, IntegrityFailure, UsageProblem
 from packager.quantize import dequantize, diff, relabel
 from packager.quantize.dialects import Quantization, read_quantization
 from packager.quantize.fidelity import LEDGER_NAME
+from packager.quantize.plot import PLOT_NAME
 from packager.quantize.quantized import WeightCheckpoint
 from packager.recipe import QuantizeSpec
 
@@ -175,7 +176,7 @@ def test_both_dialects_hold_the_same_data(tiny_checkpoint: Path, fp8: Path, tmp_
     ]
     back = relabel(tmp_path / "relabelled", tmp_path / "back", "compressed-tensors")
     returned, original = contents(tmp_path / "back"), contents(fp8)
-    assert original.keys() - returned.keys() == {LEDGER_NAME}
+    assert original.keys() - returned.keys() == {LEDGER_NAME, PLOT_NAME}
     for name, data in returned.items():
         assert name == "manifest.json" or original[name] == data
     assert back.metrics["data_sha256"] == relabelled.metrics["data_sha256"]
@@ -206,7 +207,7 @@ def test_output_is_the_same_bytes_each_time_and_carries_no_code(
     assert first.digest == second.digest
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     suffixes = {p.suffix for p in (tmp_path / "a").iterdir()}
-    assert suffixes == {".json", ".jsonl", ".jinja", ".safetensors", ".txt"}
+    assert suffixes == {".json", ".jsonl", ".jinja", ".safetensors", ".svg", ".txt"}
     assert "auto_map" not in json.loads((tmp_path / "a" / "config.json").read_text())
     index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
     stored = Checkpoint.open(tmp_path / "a")

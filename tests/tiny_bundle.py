@@ -13,6 +13,8 @@ from safetensors.numpy import save
 from packager.artifact import ArtifactWriter, Manifest, read_manifest
 from packager.bundle import signature
 from packager.bundle.assemble import assemble
+from packager.quantize.fidelity import LEDGER_NAME
+from packager.quantize.plot import PLOT_NAME
 from packager.recipe import Recipe
 from validation.endpoint import Sampling
 from validation.gates import Gate, at_least, at_most
@@ -34,6 +36,7 @@ RECIPE: dict[str, Any] = {
     },
     "publish": {"target": "hf://rehearsal/tiny"},
 }
+FIDELITY = {"snr_db": 31.52, "tensors": 4, "worst_snr_db": 31.4, "worst_tensor": "w"}
 PASSED = (at_most("accuracy lost", 0.5, 2, "points"), at_least("acceptance length", 2.9, 2.5, "tokens"))
 
 
@@ -83,13 +86,15 @@ def make_stages(root: Path, *, seed: int = 0, gates: tuple[Gate, ...] = PASSED, 
         w.write_json("generation_config.json", {"eos_token_id": 2})
         w.write_text("README.md", "the card of somebody else")
         w.write_text("modeling_bailing.py", "raise SystemExit")
-        sealed = w.seal({})
+        w.write_text(LEDGER_NAME, '{"name":"w"}\n')
+        w.write_text(PLOT_NAME, "<svg/>")
+        sealed = w.seal({"fidelity": {"routed_expert": FIDELITY}})
     context = root / "context"
     with ArtifactWriter(
         context, stage="context", recipe_digest="sha256:r", inputs={"fp8": sealed.digest}
     ) as w:
         for entry in sealed.files:
-            if entry.path != "config.json":
+            if entry.path not in ("config.json", LEDGER_NAME, PLOT_NAME):
                 w.link(entry.path, fp8 / entry.path, entry.sha256)
         w.write_json("config.json", {"architectures": ["BailingMoeV2ForCausalLM"], "rope_scaling": {}})
         extended = w.seal({})

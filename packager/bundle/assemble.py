@@ -124,17 +124,14 @@ def _stage_files(
     lock: Lock, folders: dict[str, Path], progress: Callable[[str], None]
 ) -> Iterator[tuple[str, Path, FileEntry]]:
     """Path in the bundle, file, and manifest entry of all that the stages bring."""
-    for stage, prefix in (("context", ""), ("draft", "draft/"), ("evidence", "evidence/")):
-        if stage not in lock.stages:
+    for path, stage, entry in lock.files():
+        if path in (".gitattributes", "README.md"):
+            continue  # the hub writes the one, this package the other
+        reason = path_problem(entry.path)
+        if reason:
+            progress(f"leaving out {path}: {reason}")
             continue
-        for entry in lock.stages[stage].manifest.files:
-            if entry.path == ".gitattributes" or (not prefix and entry.path == "README.md"):
-                continue  # the hub writes the one, this package the other
-            reason = path_problem(entry.path)
-            if reason:
-                progress(f"leaving out {prefix}{entry.path}: {reason}")
-                continue
-            yield prefix + entry.path, folders[stage] / entry.path, entry
+        yield path, folders[stage] / entry.path, entry
 
 
 def _signed_by(out: Path, manifest: Manifest, fingerprint: str) -> bool:

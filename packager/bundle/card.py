@@ -47,11 +47,13 @@ def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signe
         autoescape=False,  # the output is Markdown, not HTML
     )
     environment.filters |= {"cell": _cell, "points": _points, "bound": _bound, "outcome": _OUTCOMES.get}
+    environment.filters["decibels"] = lambda value: "exact" if value is None else f"{value:.2f}"
     weights = sum(e.size for e in lock.stages["context"].manifest.files if e.path.endswith(".safetensors"))
     body = environment.get_template("card.md.jinja").render(
         recipe=recipe,
         lock=lock,
         report=report,
+        rounding=lock.stages["fp8"].manifest.metrics.get("fidelity"),
         draft=draft,
         signer=signer,
         weights=f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB",

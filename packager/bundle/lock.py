@@ -8,19 +8,29 @@ that the evidence was taken from these very artifacts.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from packager.artifact import Manifest, read_manifest
+from packager.artifact import FileEntry, Manifest, read_manifest
 from packager.errors import BadInput, IntegrityFailure
+from packager.quantize.fidelity import LEDGER_NAME
+from packager.quantize.plot import PLOT_NAME
 from packager.recipe import Recipe
 
 LOCK_NAME = "bundle.lock"
 REPORT_NAME = "report.json"
 STAGES = ("fp8", "context", "draft", "evidence")
 """In order; each is made from the ones named in `_MADE_FROM`."""
+_PLACES: tuple[tuple[str, str, frozenset[str] | None], ...] = (
+    ("context", "", None),
+    ("draft", "draft/", None),
+    ("evidence", "evidence/", None),
+    ("fp8", "evidence/", frozenset({LEDGER_NAME, PLOT_NAME})),
+)
+"""Stage, folder of the bundle, and which of the stage's files go there (None: all)."""
 _MADE_FROM = {"context": ("fp8",), "draft": ("context",), "evidence": ("context", "draft")}
 
 
@@ -69,6 +79,14 @@ class Lock(_Document):
     source: LockedSource
     stages: dict[str, LockedStage]
     gates: GateState
+
+    def files(self) -> Iterator[tuple[str, str, FileEntry]]:
+        """Path in the bundle, stage, and manifest entry of every file that a stage brings."""
+        for stage, prefix, names in _PLACES:
+            if stage in self.stages:
+                for entry in self.stages[stage].manifest.files:
+                    if names is None or entry.path in names:
+                        yield prefix + entry.path, stage, entry
 
     def dumps(self) -> str:
         """The file's text."""

@@ -164,17 +164,10 @@ def _check_signature(root: Path, manifest: Manifest, public_key: Path | None) ->
 
 def _origin_problems(manifest: Manifest, lock: Lock) -> list[str]:
     """Every file is, byte for byte, one that a locked stage made, or one of the few written at assembly."""
-    origins = {
-        prefix: {e.path: e.sha256 for e in lock.stages[stage].manifest.files}
-        for prefix, stage in (("draft/", "draft"), ("evidence/", "evidence"), ("", "context"))
-        if stage in lock.stages
-    }
+    origins = {path: entry.sha256 for path, _, entry in lock.files()}
     problems = []
     for entry in manifest.files:
-        if entry.path in GENERATED:
-            continue
-        prefix = next(p for p in ("draft/", "evidence/", "") if entry.path.startswith(p))
-        if origins.get(prefix, {}).get(entry.path.removeprefix(prefix)) != entry.sha256:
+        if entry.path not in GENERATED and origins.get(entry.path) != entry.sha256:
             problems.append(f"{entry.path}: not the file of the stage that {LOCK_NAME} names")
     for name, stage in lock.stages.items():
         if manifest.inputs.get(name) != stage.digest:

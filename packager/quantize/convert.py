@@ -32,6 +32,7 @@ from packager.quantize.fidelity import DEFAULT_MIN_SNR_DB, LEDGER_NAME, LedgerEn
 from packager.quantize.journal import TensorJournal
 from packager.quantize.kernel import Choice, Kernel, choose_kernel
 from packager.quantize.output import OutputShards
+from packager.quantize.plot import PLOT_NAME, ledger_svg
 from packager.quantize.source_files import outline
 from packager.quantize.stream import PIECE_BYTES, SourceChanged, Stream, TensorWork, torch_dtype
 from packager.recipe import QuantizeSpec
@@ -77,7 +78,7 @@ def quantize(
     source is read once: it is hashed as it is converted. Killed at any moment and called again, it goes on
     with the first unfinished tensor and ends in the same bytes and the same digest; called on a finished
     `out` of the same source and settings, it returns its manifest. `fidelity.jsonl` in `out` has the figures
-    of each quantized weight, in the order of the source.
+    of each quantized weight, in the order of the source; `fidelity.svg` draws them.
 
     Args:
         source: checkpoint directory, or `hf://org/name@revision`, read by byte ranges.
@@ -123,6 +124,7 @@ def quantize(
             entries, hashed = _convert(job, writer, settings, progress)
         inputs = {"source": job.checkpoint.digest(hashed)}
         writer.write_bytes(LEDGER_NAME, fidelity.ledger_jsonl(entries))
+        writer.write_bytes(PLOT_NAME, ledger_svg(entries, DEFAULT_MIN_SNR_DB))
         if min_snr_db is not None:
             fidelity.require_snr(entries, min_snr_db)
         for side in job.checkpoint.side_files():
