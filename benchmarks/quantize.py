@@ -39,7 +39,7 @@ def peak():
 OURS = (
     PEAK
     + """
-import json, sys, time
+import json, sys, threading, time
 began = time.monotonic()
 from pathlib import Path
 from packager.quantize import quantize
@@ -48,16 +48,25 @@ from packager.recipe import QuantizeSpec
 
 real, moments = Stream.run, {}
 def timed(self, workers, memory, progress):
-    moments["ready"] = time.monotonic()
+    moments["ready"], moments["stream"] = time.monotonic(), self
     real(self, workers, memory, progress)
 Stream.run = timed
-lines = []
+lines, samples, over = [], [], threading.Event()
+def watch():
+    # Bytes of source done by the second, and what is resident then.
+    while not over.wait(1.0):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        done = moments["stream"]._bytes_done if "stream" in moments else 0
+        samples.append((time.monotonic(), done, pages * 4096))
+threading.Thread(target=watch, daemon=True).start()
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), QuantizeSpec(), recipe_digest="sha256:bench",
          progress=lines.append, workers=int(sys.argv[3]), kernel=sys.argv[4])
 ended = time.monotonic()
+over.set()
+inside = [s for s in samples if s[0] > moments["ready"]]
 print(json.dumps({
     "start": moments["ready"] - began, "steady": ended - moments["ready"],
-    "rss": peak(),
+    "rss": peak(), "samples": [(t - moments["ready"], done, rss) for t, done, rss in inside],
     "kernel": [line for line in lines if line.startswith("kernel: ")][0].removeprefix("kernel: "),
 }))
 """
@@ -134,12 +143,29 @@ def script(text: str, *arguments: str | Path) -> dict[str, Any]:
     return {**found, "whole": time.perf_counter() - began}
 
 
+def sustained(run: dict[str, Any], size: int) -> None:
+    """Print how fast each tenth of a run was, and how much memory it held."""
+    steady = run["steady"]
+    print(f"{size / 1e9:.1f} GB of BF16, {run['kernel']}: {steady:.1f} s, {size / steady / 1e9:.2f} GB/s")
+    print(f"{'done':>6} {'GB/s':>7} {'largest RSS':>13}")
+    samples = [(0.0, 0, 0), *run["samples"]]
+    for tenth in range(10):
+        inside = [s for s in samples if tenth * size <= 10 * s[1] < (tenth + 1) * size]
+        before = [s for s in samples if 10 * s[1] < tenth * size]
+        first, last = (before or inside)[-1 if before else 0], inside[-1] if inside else None
+        if last is None or last[0] <= first[0]:
+            continue
+        rate = (last[1] - first[1]) / (last[0] - first[0]) / 1e9
+        print(f"{10 * (tenth + 1):>5}% {rate:>7.2f} {max(s[2] for s in inside) / 1e6:>10.0f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: the system's")
     parser.add_argument("--repeats", type=int, default=2, help="each figure is the best of so many")
     parser.add_argument("--kernel", choices=["auto", "compiled", "eager"], default="compiled")
+    parser.add_argument("--sustained", action="store_true", help="speed and memory by tenths of one run")
     parser.add_argument("--llmcompressor", action="store_true", help="measure model_free_ptq as well (slow)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -152,6 +178,9 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             return script(OURS, source, out, str(workers), options.kernel)
 
+        if options.sustained:
+            sustained(ours(2), size)
+            return
         first = ours(2)  # compiles where nothing is in the cache yet
         runs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
         peers: list[tuple[float, float]] = []

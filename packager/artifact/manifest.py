@@ -106,6 +106,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+_REMEDY = "Give the folder of a finished stage or of a bundle."
+
+
 def is_sealed(path: Path) -> bool:
     """Whether the directory holds a manifest, that is: whether the stage that wrote it finished."""
     return (Path(path) / MANIFEST_NAME).is_file()
@@ -119,12 +122,12 @@ def read_manifest(path: Path) -> Manifest:
     """
     path = Path(path)
     if not path.is_dir():
-        raise BadInput(f"no directory {path}")
+        raise BadInput(f"no directory {path}", _REMEDY)
     if not is_sealed(path):
         unfinished = (path / JOURNAL_NAME).is_file()
         raise BadInput(
             f"{path} is {'an unfinished' if unfinished else 'not an'} artifact: it has no {MANIFEST_NAME}",
-            "Run the command that makes it again; finished files are kept." if unfinished else "",
+            "Run the command that makes it again; finished files are kept." if unfinished else _REMEDY,
         )
     return parse_manifest((path / MANIFEST_NAME).read_bytes(), str(path / MANIFEST_NAME))
 

@@ -20,6 +20,7 @@ from packager.errors import BadInput, RemoteFailure
 from packager.recipe import DraftSpec
 
 _LOG_TAIL = 15
+_REMEDY = 'Give JSONL with one chat a line: {"messages": [{"role": "user", "content": …}]}.'
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,14 @@ def read_prompts(lines: Iterable[str], where: str) -> list[dict[str, Any]]:
         try:
             raw = json.loads(line)
         except ValueError as err:
-            raise BadInput(f"{where}, line {number} is not JSON: {err}") from None
+            raise BadInput(f"{where}, line {number} is not JSON: {err}", _REMEDY) from None
         messages = raw.get("messages") if isinstance(raw, dict) else None
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise BadInput(f"{where}, line {number} has no `messages` of role and content")
+            raise BadInput(f"{where}, line {number} has no `messages` of role and content", _REMEDY)
         if messages[-1]["role"] == "assistant":  # a finished chat: the target answers it anew
             messages = messages[:-1]
         if not messages or messages[-1]["role"] == "system":
-            raise BadInput(f"{where}, line {number}: nobody asks anything")
+            raise BadInput(f"{where}, line {number}: nobody asks anything", _REMEDY)
         key = json.dumps(messages, sort_keys=True, ensure_ascii=False)
         found.setdefault(
             key,
@@ -96,7 +97,7 @@ def read_prompts(lines: Iterable[str], where: str) -> list[dict[str, Any]]:
             },
         )
     if not found:
-        raise BadInput(f"{where} holds no prompts", "Give JSONL with one chat a line.")
+        raise BadInput(f"{where} holds no prompts", _REMEDY)
     return list(found.values())
 
 

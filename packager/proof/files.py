@@ -58,7 +58,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except OSError as err:
-        raise BadInput(f"cannot read {path}: {err.strerror}") from None
+        raise BadInput(
+            f"cannot read {path}: {err.strerror}", "Give the folder that holds config.json and *.safetensors."
+        ) from None
     except (ValueError, RecursionError) as err:
         raise BadInput(f"{path} is not sound JSON: {err}") from None
     if not isinstance(found, dict):

@@ -14,6 +14,9 @@ from validation.endpoint import Message, Request
 from validation.errors import MeasurementError
 
 
+_REMEDY = "Give JSONL: one {id, task, language, messages, answer, meta} a line."
+
+
 class Item(Document):
     """A question whose answer is known."""
 
@@ -67,7 +70,7 @@ def load_items(path: Path) -> list[Item]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        raise MeasurementError(f"cannot read items from {path}: {err}") from None
+        raise MeasurementError(f"cannot read items from {path}: {err}", _REMEDY) from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -75,9 +78,9 @@ def load_items(path: Path) -> list[Item]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as err:
-            raise MeasurementError(f"{path}, line {number} is not JSON: {err}") from None
+            raise MeasurementError(f"{path}, line {number} is not JSON: {err}", _REMEDY) from None
         if not isinstance(row, dict):
-            raise MeasurementError(f"{path}, line {number} is not a JSON object")
+            raise MeasurementError(f"{path}, line {number} is not a JSON object", _REMEDY)
         rows.append(row)
     return items_from(rows, str(path))
 
