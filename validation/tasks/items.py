@@ -13,7 +13,6 @@ from validation.document import Document, digest_of
 from validation.endpoint import Message, Request
 from validation.errors import MeasurementError
 
-
 _REMEDY = "Give JSONL: one {id, task, language, messages, answer, meta} a line."
 
 
