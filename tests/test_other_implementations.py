@@ -131,3 +131,30 @@ def test_llmcompressor_output_is_sound_and_its_codes_are_rounded_twice(
     assert {mismatch.kind for mismatch in proof.mismatches} == {"code"}
     for mismatch in proof.mismatches:
         assert abs(int(mismatch.found, 16) - int(mismatch.expected, 16)) == 1
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_vllm_answers_from_our_file_as_well_as_from_llmcompressors(
+    llmcompressor_output: Path, tmp_path: Path
+) -> None:
+    """The nano's held-out questions; where the processor has no FP8 kernel, from the dequantized weights."""
+    from packager.nano.language import heldout_items
+    from packager.serving import Server, ServeSpec, fp8_runs_here
+    from validation.endpoint import Target
+    from validation.tasks import compare_accuracy, items_from, measure_accuracy
+
+    items = items_from(heldout_items(20, 3))
+    ours = convert(NANO, tmp_path, "compressed-tensors", "power-of-two")
+    runs = []
+    for label, fp8 in (("llm-compressor", llmcompressor_output), ("ours", ours)):
+        served = fp8
+        if not fp8_runs_here()[0]:
+            served = tmp_path / f"{label}-bf16"
+            dequantize(fp8, served)
+        with Server(ServeSpec(served), tmp_path / f"{label}.log") as server:
+            target = Target(server.url, "model", label, label, tmp_path / "answers")
+            runs.append(measure_accuracy(target, items))
+    difference = compare_accuracy(*runs, margin_points=2.0).overall
+    assert runs[1].overall.accuracy > 0.9
+    assert abs(difference.difference_points) <= 2.0, difference
