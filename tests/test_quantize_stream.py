@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint
-from quantizing import contents, run
+from quantizing import EVERY_SCHEME, contents, run
 
 from packager.artifact import is_sealed, read_manifest
 from packager.checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from packager.errors import GateFailed, UsageProblem
 from packager.quantize import diff, quantize
 from packager.quantize.fidelity import LEDGER_NAME, Figures, LedgerEntry, by_layer, require_snr
 from packager.quantize.kernel import choose_kernel
+from packager.quantize.schemes import scheme_of
 from packager.quantize.stream import PIECE_BYTES
 from packager.recipe import QuantizeSpec
 
@@ -109,8 +110,7 @@ def test_without_a_compiler_the_definition_itself_runs(
     lines: list[str] = []
     kernel = choose_kernel(
         "compiled",
-        "power-of-two",
-        per_row=False,
+        scheme_of(QuantizeSpec()),
         dtypes=[torch.bfloat16],
         nbytes=10**12,
         progress=lines.append,
@@ -249,13 +249,12 @@ def test_a_weight_halfway_between_two_codes_fails_the_default_gate(
 def test_figures_do_not_depend_on_how_the_weights_are_cut() -> None:
     import torch
 
-    from packager.quantize.fp8_block import quantize_slab
-
     weight = torch.randn(512, 384, generator=torch.Generator().manual_seed(3)).bfloat16()
-    for rounding in ("float32", "power-of-two"):
-        whole = quantize_slab(weight, rounding)
-        halves = [quantize_slab(part, rounding) for part in (weight[:256], weight[256:])]
+    for scheme in map(scheme_of, EVERY_SCHEME):
+        whole = scheme.slab(weight)
+        halves = [scheme.slab(part) for part in (weight[:256], weight[256:])]
         assert whole is not None
+        assert torch.equal(torch.cat([half.scales for half in halves if half]), whole.scales)
         parts = [half.figures for half in halves if half is not None]
         total = Figures.total(parts)
         assert replace(total, signal=0, error=0, cross=0) == replace(
