@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint
-from quantizing import EVERY_SCHEME, contents, run
+from quantizing import EVERY_SCHEME, SCHEMES, contents, run
 
 from packager.artifact import is_sealed, read_manifest
 from packager.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ from packager.quantize.fidelity import LEDGER_NAME, Figures, LedgerEntry, by_lay
 from packager.quantize.kernel import choose_kernel
 from packager.quantize.schemes import scheme_of
 from packager.quantize.stream import PIECE_BYTES
-from packager.recipe import QuantizeSpec
+from packager.recipe import QuantizeSpec, SchemeName
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:
@@ -34,11 +34,16 @@ def ledger(out: Path) -> list[dict[str, Any]]:
 # ---- one result -----------------------------------------------------------------------------------------
 
 
-def test_any_number_of_workers_gives_the_same_bytes(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    # Some weights are cut into several pieces, and edges are not whole blocks.
-    source = make_checkpoint(hidden_size=200, intermediate_size=24_000, shards=2)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_number_of_workers_gives_the_same_bytes(
+    scheme: SchemeName, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    # Some weights are cut into several pieces, and edges are not whole blocks where they need not be.
+    odd = {"hidden_size": 200, "intermediate_size": 24_000}
+    whole = {"hidden_size": 256, "intermediate_size": 19_200}
+    source = make_checkpoint(shards=2, **(whole if scheme == "int4-g128" else odd))
     assert max(i.nbytes for i in Checkpoint.open(source).tensors.values()) > PIECE_BYTES
-    spec = QuantizeSpec(shard_bytes=3_000_000)
+    spec = QuantizeSpec(shard_bytes=3_000_000, scheme=scheme)
     first = run(source, tmp_path / "1", spec, workers=1)
     for workers in (2, 5):
         assert run(source, tmp_path / str(workers), spec, workers=workers) == first
@@ -66,7 +71,7 @@ import torch
 from packager.quantize import quantize
 from packager.recipe import QuantizeSpec
 lines = []
-spec = QuantizeSpec(shard_bytes=3_000_000, scale_rounding=sys.argv[3])
+spec = QuantizeSpec(shard_bytes=3_000_000, scheme=sys.argv[3], scale_rounding=sys.argv[4])
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), spec, recipe_digest="x", progress=lines.append, workers=3,
          kernel="compiled")
 from torch._dynamo.utils import counters
@@ -75,17 +80,27 @@ print(json.dumps({"lines": lines, "graphs": counters["stats"]["unique_graphs"]})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rounding", ["power-of-two", "float32"])
+@pytest.mark.parametrize("spec", EVERY_SCHEME, ids=lambda spec: f"{spec.scheme}-{spec.scale_rounding}")
 def test_the_compiled_kernel_gives_the_same_bytes_and_is_not_made_for_each_shape(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, rounding: Any
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, spec: QuantizeSpec
 ) -> None:
+    # 4000 is no multiple of 128: blocks are cut at its edge.
+    width = 3968 if spec.scheme == "int4-g128" else 4000
     source = make_checkpoint(
-        hidden_size=640, intermediate_size=4000, moe_intermediate_size=384, num_experts=8
+        hidden_size=640, intermediate_size=width, moe_intermediate_size=384, num_experts=8
     )
-    spec = QuantizeSpec(shard_bytes=3_000_000, scale_rounding=rounding)
+    spec = spec.model_copy(update={"shard_bytes": 3_000_000})
     quantize(source, tmp_path / "eager", spec, recipe_digest="x", progress=lambda _: None, kernel="eager")
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(source), str(tmp_path / "compiled"), rounding],
+        [
+            sys.executable,
+            "-c",
+            COMPILED,
+            str(source),
+            str(tmp_path / "compiled"),
+            spec.scheme,
+            spec.scale_rounding,
+        ],
         capture_output=True,
         text=True,
         check=True,
