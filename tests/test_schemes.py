@@ -16,6 +16,7 @@ from conftest import MakeCheckpoint
 from quantizing import run
 from test_structure import rewrite
 
+from packager.bailing.config import BailingConfig
 from packager.cli import run as packager
 from packager.errors import BadInput, GateFailed
 from packager.proof.integers import Integers
@@ -27,6 +28,7 @@ from packager.quantize.integers import bfloat16_values, pack_int4
 from packager.quantize.quantized import WeightCheckpoint
 from packager.quantize.schemes import Slab, scheme_of
 from packager.recipe import QuantizeSpec, SchemeName, TensorRule
+from packager.serving.plan import model_bytes
 
 SCHEMES: tuple[SchemeName, ...] = ("fp8-channel", "int4-g128", "w8a8")
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -277,6 +279,12 @@ def test_the_verbs_understand_what_was_written(
     stored = {"fp8-channel": "F8_E4M3 + F32", "int4-g128": "I32 + BF16 + I64", "w8a8": "I8 + F32"}
     assert by_role["routed_expert"].stored_as == stored[scheme]
     assert by_role["routed_expert"].decision == "quantize" and by_role["norm"].decision == "keep"
+    assert packager(["plan", str(path), "--hardware", "1xh20", "--no-draft", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    precision = {"fp8-channel": "fp8-channel", "int4-g128": "int4", "w8a8": "int8"}[scheme]
+    assert (plan["precision"], plan["weights_from"]) == (precision, "shard headers")
+    config = BailingConfig.parse(json.loads((tiny_checkpoint / "config.json").read_text()))
+    assert plan["weights_bytes"] == model_bytes(config, precision).weights  # type: ignore[arg-type]
     compared = diff(tiny_checkpoint, path)
     metrics = json.loads((path / "manifest.json").read_text())["metrics"]
     assert compared.roles == metrics["fidelity"]

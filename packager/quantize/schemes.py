@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from packager.checkpoint.writer import TensorSpec
@@ -111,7 +110,18 @@ class Scheme:
 def scheme_of(spec: QuantizeSpec) -> Scheme:
     """The scheme that a recipe names."""
     name = f"{spec.scheme}, {spec.scale_rounding} scales"
-    fp8 = partial(quantize_blocks, power_of_two=spec.scale_rounding == "power-of-two")
+    power_of_two = spec.scale_rounding == "power-of-two"
+
+    # Plain functions: Dynamo wraps a `partial`, and then compiles it more often than it needs to.
+    def fp8(blocks: torch.Tensor) -> Quantized:
+        return quantize_blocks(blocks, power_of_two)
+
+    def int4(blocks: torch.Tensor) -> Quantized:
+        return quantize_integers(blocks, 4, True)
+
+    def int8(blocks: torch.Tensor) -> Quantized:
+        return quantize_integers(blocks, 8, False)
+
     if spec.scheme == "fp8-block":
         # FP8 rounding of bell-shaped weights gives about 31.5 dB, with any of these scales.
         return Scheme(name, Quantization(spec.dialect, ()), BLOCK, BLOCK, fp8, 30.0)
@@ -119,8 +129,6 @@ def scheme_of(spec: QuantizeSpec) -> Scheme:
         return Scheme(name, Quantization(spec.dialect, (), "fp8-channel"), 1, None, fp8, 30.0)
     if spec.scheme == "w8a8":
         # About 40 dB for bell-shaped rows of thousands; below 30, FP8 would have been the better eight bits.
-        integers = partial(quantize_integers, bits=8, bfloat16_scales=False)
-        return Scheme(name, Quantization(spec.dialect, (), "w8a8"), 1, None, integers, 30.0)
+        return Scheme(name, Quantization(spec.dialect, (), "w8a8"), 1, None, int8, 30.0)
     # About 20 dB for bell-shaped weights, 16 for those with a Laplace distribution's tails.
-    integers = partial(quantize_integers, bits=4, bfloat16_scales=True)
-    return Scheme(name, Quantization(spec.dialect, (), "int4", BLOCK), 1, BLOCK, integers, 15.0)
+    return Scheme(name, Quantization(spec.dialect, (), "int4", BLOCK), 1, BLOCK, int4, 15.0)
