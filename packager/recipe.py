@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -83,13 +84,33 @@ def _compiled(expression: str) -> re.Pattern[str]:
     return re.compile(expression)
 
 
+SchemeName = Literal["fp8-block", "fp8-channel", "int4-g128", "w8a8"]
+ScaleRounding = Literal["float32", "power-of-two", "bfloat16"]
+SCALE_ROUNDINGS: Mapping[SchemeName, tuple[ScaleRounding, ...]] = {
+    "fp8-block": ("power-of-two", "float32"),
+    "fp8-channel": ("float32", "power-of-two"),
+    "int4-g128": ("bfloat16",),
+    "w8a8": ("float32",),
+}
+"""What scales may be rounded to, by scheme; the first is the default.
+
+fp8-block: DeepGEMM on Hopper re-quantizes to power-of-two scales; such ones survive it, FP32 ones lose 3 dB.
+fp8-channel: engines multiply a row's FP32 scale onto the finished product, so no other number is better.
+Integers have a fixed step: rounded up to a power of two it would be up to twice as wide, 3 dB lost on
+average. INT4 scales are stored as BF16, and codes are chosen for the scale as stored.
+"""
+
+
 class QuantizeSpec(Spec):
     """How weights are quantized."""
 
-    scheme: Literal["fp8-block"] = "fp8-block"
+    scheme: SchemeName = "fp8-block"
+    """fp8-block: FP8, a scale for each 128x128 weights. fp8-channel: FP8, a scale a row. int4-g128: INT4, a
+    scale for each 128 columns of a row. w8a8: INT8, a scale a row."""
     dialect: Literal["compressed-tensors", "deepseek"] = "compressed-tensors"
-    scale_rounding: Literal["float32", "power-of-two"] = "power-of-two"
-    """DeepGEMM on Hopper re-quantizes to power-of-two scales: such ones survive it, FP32 ones lose 3 dB."""
+    """Only block FP8 has the second one."""
+    scale_rounding: ScaleRounding = "power-of-two"
+    """See `SCALE_ROUNDINGS`; where it is not given, it is the scheme's default."""
     shard_bytes: int = Field(default=5_000_000_000, gt=0)
     """Size of an output shard in bytes."""
     mtp: Literal["drop", "keep", "quantize"] = "drop"
@@ -97,6 +118,25 @@ class QuantizeSpec(Spec):
     BailingMoeV2's; it has one for DeepSeek-V3's."""
     rules: tuple[TensorRule, ...] = ()
     """Decisions on single tensors; each must match some, and no tensor may match two."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rounding(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "scale_rounding" in raw:
+            return raw
+        choices = SCALE_ROUNDINGS.get(raw.get("scheme", "fp8-block"))
+        return {**raw, "scale_rounding": choices[0]} if choices else raw
+
+    @model_validator(mode="after")
+    def _agrees(self) -> QuantizeSpec:
+        if self.dialect == "deepseek" and self.scheme != "fp8-block":
+            raise ValueError(f"{self.scheme} has no deepseek dialect; only fp8-block does")
+        choices = SCALE_ROUNDINGS[self.scheme]
+        if self.scale_rounding not in choices:
+            raise ValueError(
+                f"scales of {self.scheme} are rounded to {' or '.join(choices)}, not {self.scale_rounding}"
+            )
+        return self
 
 
 class ContextSpec(Spec):

@@ -7,10 +7,16 @@ from typing import Any
 
 from packager.artifact import Manifest
 from packager.quantize import quantize
-from packager.recipe import QuantizeSpec
+from packager.recipe import SCALE_ROUNDINGS, QuantizeSpec, SchemeName
 
 SMALL = QuantizeSpec(shard_bytes=60_000)
 """Several shards even of the tiny checkpoint."""
+SCHEMES: tuple[SchemeName, ...] = tuple(SCALE_ROUNDINGS)
+EVERY_SCHEME = [
+    QuantizeSpec(shard_bytes=60_000, scheme=scheme, scale_rounding=rounding)
+    for scheme, roundings in SCALE_ROUNDINGS.items()
+    for rounding in roundings
+]
 
 
 def run(source: Path, out: Path, spec: QuantizeSpec = SMALL, **options: Any) -> Manifest:

@@ -45,10 +45,10 @@ def test_each_code_is_the_nearest_e4m3_number_to_the_scaled_weight() -> None:
     import ml_dtypes
     import torch
 
-    from packager.quantize.fp8_block import quantize_slab
+    from packager.quantize.schemes import scheme_of
 
     weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(1)).bfloat16()
-    slab = quantize_slab(weight, "power-of-two")
+    slab = scheme_of(QuantizeSpec()).slab(weight)
     assert slab is not None
     codes = slab.codes.view(torch.uint8).numpy()
     scaled = weight.float().numpy() / np.kron(slab.scales.numpy(), np.ones((128, 128), np.float32))
@@ -84,10 +84,11 @@ def test_slabs_of_any_shape_come_back_within_half_a_step(shape: tuple[int, int],
     import ml_dtypes
     import torch
 
-    from packager.quantize.fp8_block import dequantize_array, quantize_slab
+    from packager.quantize.fp8_block import dequantize_array
+    from packager.quantize.schemes import scheme_of
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    slab = quantize_slab(weight, rounding)
+    slab = scheme_of(QuantizeSpec(scale_rounding=rounding)).slab(weight)
     assert slab is not None
     assert slab.codes.shape == weight.shape
     assert tuple(slab.scales.shape) == (-(-shape[0] // 128), -(-shape[1] // 128))

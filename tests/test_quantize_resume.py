@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeCheckpoint
-from quantizing import contents, run
+from quantizing import SCHEMES, contents, run
 
 from packager.artifact import JOURNAL_NAME, check, is_sealed
 from packager.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from packager.errors import BadInput, IntegrityFailure
 from packager.quantize import journal as tensor_journal
 from packager.quantize.journal import TensorJournal
 from packager.quantize.stream import Stream
-from packager.recipe import QuantizeSpec
+from packager.recipe import QuantizeSpec, SchemeName
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +141,15 @@ def command(source: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "packager", "quantize", str(source), str(out), "--json", *options]
 
 
-def kill_in_the_middle(source: Path, out: Path, moment: float) -> bool:
+def kill_in_the_middle(source: Path, out: Path, moment: float, scheme: SchemeName = "fp8-block") -> bool:
     """Start the command and kill it once a share `moment` of the output is there; whether it was alive."""
     process = subprocess.Popen(
-        command(source, out, "--shard-bytes", "700000"),
+        command(source, out, "--shard-bytes", "700000", "--scheme", scheme),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2
+    shrinks = 4 if scheme == "int4-g128" else 2
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors")) / shrinks
     while process.poll() is None:
         with_weights = [file for file in out.rglob("*") if file.name.startswith("model-")]
         try:
@@ -171,17 +172,16 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(path, num_experts=32, hidden_size=512, moe_intermediate_size=384)
 
 
-def kill_and_resume(larger: Path, tmp_path: Path, kills: int) -> None:
-    expected = run(larger, tmp_path / "undisturbed", QuantizeSpec(shard_bytes=700_000))
+def kill_and_resume(larger: Path, tmp_path: Path, kills: int, scheme: SchemeName = "fp8-block") -> None:
+    expected = run(larger, tmp_path / "undisturbed", QuantizeSpec(shard_bytes=700_000, scheme=scheme))
     bytes_expected = contents(tmp_path / "undisturbed")
     chance = random.Random(7)
     killed = 0
     for number in range(kills):
         out = tmp_path / str(number)
-        killed += kill_in_the_middle(larger, out, chance.random())
-        again = subprocess.run(
-            command(larger, out, "--shard-bytes", "700000"), capture_output=True, text=True, check=True
-        )
+        killed += kill_in_the_middle(larger, out, chance.random(), scheme)
+        options = ("--shard-bytes", "700000", "--scheme", scheme)
+        again = subprocess.run(command(larger, out, *options), capture_output=True, text=True, check=True)
         assert json.loads(again.stdout)["digest"] == expected.digest
         assert contents(out) == bytes_expected
         shutil.rmtree(out)
@@ -192,6 +192,12 @@ def kill_and_resume(larger: Path, tmp_path: Path, kills: int) -> None:
 def test_kills_from_outside_at_random_moments_leave_no_trace(larger: Path, tmp_path: Path) -> None:
     """As many as PACKAGER_KILLS says: 50 take four minutes."""
     kill_and_resume(larger, tmp_path, int(os.environ.get("PACKAGER_KILLS", "8")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_kills_leave_no_trace_in_any_scheme(scheme: SchemeName, larger: Path, tmp_path: Path) -> None:
+    kill_and_resume(larger, tmp_path, 3, scheme)
 
 
 @pytest.mark.slow
@@ -234,11 +240,12 @@ def test_finished_tensors_are_not_done_again(
     assert contents(out) == contents(undisturbed)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_one_large_shard_is_continued_in_its_middle(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: SchemeName, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = make_checkpoint(), tmp_path / "out"
-    one_shard = QuantizeSpec()
+    one_shard = QuantizeSpec(scheme=scheme)
     expected = run(source, tmp_path / "undisturbed", one_shard)
     real = TensorJournal.add_tensor
     with monkeypatch.context() as patch:

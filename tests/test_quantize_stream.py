@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint
-from quantizing import contents, run
+from quantizing import EVERY_SCHEME, SCHEMES, contents, run
 
 from packager.artifact import is_sealed, read_manifest
 from packager.checkpoint import Checkpoint
@@ -22,8 +22,9 @@ from packager.errors import GateFailed, UsageProblem
 from packager.quantize import diff, quantize
 from packager.quantize.fidelity import LEDGER_NAME, Figures, LedgerEntry, by_layer, require_snr
 from packager.quantize.kernel import choose_kernel
+from packager.quantize.schemes import scheme_of
 from packager.quantize.stream import PIECE_BYTES
-from packager.recipe import QuantizeSpec
+from packager.recipe import QuantizeSpec, SchemeName
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:
@@ -33,11 +34,16 @@ def ledger(out: Path) -> list[dict[str, Any]]:
 # ---- one result -----------------------------------------------------------------------------------------
 
 
-def test_any_number_of_workers_gives_the_same_bytes(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    # Some weights are cut into several pieces, and edges are not whole blocks.
-    source = make_checkpoint(hidden_size=200, intermediate_size=24_000, shards=2)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_number_of_workers_gives_the_same_bytes(
+    scheme: SchemeName, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    # Some weights are cut into several pieces, and edges are not whole blocks where they need not be.
+    odd = {"hidden_size": 200, "intermediate_size": 24_000}
+    whole = {"hidden_size": 256, "intermediate_size": 19_200}
+    source = make_checkpoint(shards=2, **(whole if scheme == "int4-g128" else odd))
     assert max(i.nbytes for i in Checkpoint.open(source).tensors.values()) > PIECE_BYTES
-    spec = QuantizeSpec(shard_bytes=3_000_000)
+    spec = QuantizeSpec(shard_bytes=3_000_000, scheme=scheme)
     first = run(source, tmp_path / "1", spec, workers=1)
     for workers in (2, 5):
         assert run(source, tmp_path / str(workers), spec, workers=workers) == first
@@ -65,7 +71,7 @@ import torch
 from packager.quantize import quantize
 from packager.recipe import QuantizeSpec
 lines = []
-spec = QuantizeSpec(shard_bytes=3_000_000, scale_rounding=sys.argv[3])
+spec = QuantizeSpec(shard_bytes=3_000_000, scheme=sys.argv[3], scale_rounding=sys.argv[4])
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), spec, recipe_digest="x", progress=lines.append, workers=3,
          kernel="compiled")
 from torch._dynamo.utils import counters
@@ -74,17 +80,27 @@ print(json.dumps({"lines": lines, "graphs": counters["stats"]["unique_graphs"]})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rounding", ["power-of-two", "float32"])
+@pytest.mark.parametrize("spec", EVERY_SCHEME, ids=lambda spec: f"{spec.scheme}-{spec.scale_rounding}")
 def test_the_compiled_kernel_gives_the_same_bytes_and_is_not_made_for_each_shape(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, rounding: Any
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, spec: QuantizeSpec
 ) -> None:
+    # 4000 is no multiple of 128: blocks are cut at its edge.
+    width = 3968 if spec.scheme == "int4-g128" else 4000
     source = make_checkpoint(
-        hidden_size=640, intermediate_size=4000, moe_intermediate_size=384, num_experts=8
+        hidden_size=640, intermediate_size=width, moe_intermediate_size=384, num_experts=8
     )
-    spec = QuantizeSpec(shard_bytes=3_000_000, scale_rounding=rounding)
+    spec = spec.model_copy(update={"shard_bytes": 3_000_000})
     quantize(source, tmp_path / "eager", spec, recipe_digest="x", progress=lambda _: None, kernel="eager")
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(source), str(tmp_path / "compiled"), rounding],
+        [
+            sys.executable,
+            "-c",
+            COMPILED,
+            str(source),
+            str(tmp_path / "compiled"),
+            spec.scheme,
+            spec.scale_rounding,
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -109,8 +125,7 @@ def test_without_a_compiler_the_definition_itself_runs(
     lines: list[str] = []
     kernel = choose_kernel(
         "compiled",
-        "power-of-two",
-        per_row=False,
+        scheme_of(QuantizeSpec()),
         dtypes=[torch.bfloat16],
         nbytes=10**12,
         progress=lines.append,
@@ -249,13 +264,12 @@ def test_a_weight_halfway_between_two_codes_fails_the_default_gate(
 def test_figures_do_not_depend_on_how_the_weights_are_cut() -> None:
     import torch
 
-    from packager.quantize.fp8_block import quantize_slab
-
     weight = torch.randn(512, 384, generator=torch.Generator().manual_seed(3)).bfloat16()
-    for rounding in ("float32", "power-of-two"):
-        whole = quantize_slab(weight, rounding)
-        halves = [quantize_slab(part, rounding) for part in (weight[:256], weight[256:])]
+    for scheme in map(scheme_of, EVERY_SCHEME):
+        whole = scheme.slab(weight)
+        halves = [scheme.slab(part) for part in (weight[:256], weight[256:])]
         assert whole is not None
+        assert torch.equal(torch.cat([half.scales for half in halves if half]), whole.scales)
         parts = [half.figures for half in halves if half is not None]
         total = Figures.total(parts)
         assert replace(total, signal=0, error=0, cross=0) == replace(

@@ -303,7 +303,7 @@ def test_fp8_without_a_statement_and_a_statement_without_fp8_are_refused(
         tmp_path / "a",
         lambda p: configure(p, lambda c: c.pop("quantization_config")),
     )
-    assert any("FP8 weights, no quantization_config" in str(problem) for problem in silent.problems)
+    assert any("quantized weights, no quantization_config" in str(problem) for problem in silent.problems)
     stated = json.loads((checkpoints["deepseek"] / "config.json").read_text())["quantization_config"]
     loud = damaged(
         checkpoints["bf16"],
@@ -351,7 +351,7 @@ def test_a_skip_that_the_two_engines_read_differently_is_told_to_the_one_it_harm
     )
     assert found.sound and check_structure(tmp_path / "copy", engine="vllm").sound
     problem = the_one(check_structure(tmp_path / "copy", engine="sglang"), "engine")
-    assert "takes 12 FP8 weights for skipped" in problem.detail
+    assert "takes 12 quantized weights for skipped" in problem.detail
 
 
 def test_experts_of_one_layer_are_all_fp8_or_none(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_experts_of_one_layer_are_all_fp8_or_none(checkpoints: dict[str, Path], 
         configure(path, lambda c: c["quantization_config"]["modules_to_not_convert"].extend(skips))
 
     problem = the_one(damaged(checkpoints["deepseek"], tmp_path, damage), "engine")
-    assert "model.layers.1.mlp.experts is partly FP8" in problem.detail
+    assert "model.layers.1.mlp.experts is partly quantized" in problem.detail
 
 
 def test_the_103b_shape_splits_over_1_2_4_and_8_gpus() -> None:

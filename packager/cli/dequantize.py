@@ -15,9 +15,9 @@ import click
 def command(source: str, out: Path, as_json: bool) -> None:
     """Write the quantized checkpoint SOURCE with BF16 weights into the new folder OUT.
 
-    Reads block FP8 in both dialects, FP8 with a scale a row, and INT4 of compressed-tensors; what was not
-    quantized keeps its bytes. Interrupted at any moment, the same command goes on with the first unfinished
-    shard.
+    Reads block FP8 in both dialects, FP8 with a scale a row, and INT4 and INT8 of compressed-tensors; what
+    was not quantized keeps its bytes. Interrupted at any moment, the same command goes on with the first
+    unfinished shard.
     """
     from packager.checkpoint.header import readable_bytes
     from packager.checkpoint.source import locate

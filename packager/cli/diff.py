@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def command(first: str, second: str, limit: int, by_layer: bool, as_json: bool) -> None:
     """Compare the weights of two checkpoints after dequantization, and their scales where both have any.
 
-    Either may be BF16 or block FP8 in either dialect. A difference is the signal-to-noise ratio
+    Either may be BF16, FP8 in either dialect, INT4 or INT8. A difference is the signal-to-noise ratio
     10 log10(sum a^2 / sum (a-b)^2), FIRST being the signal. Exits 0 whether they differ or not; the JSON
     document says `equal`.
     """

@@ -126,6 +126,8 @@ def _quantization(config: Described, found: Inspection) -> Quantization | None:
         }
         if quantization.scheme == "fp8-block":
             found.quantization["block"] = [BLOCK, BLOCK]
+        elif quantization.group:
+            found.quantization["group"] = quantization.group
     return quantization
 
 
@@ -168,7 +170,7 @@ def _weights(
         found.notes.append(
             f"{mtp} multi-token prediction layer(s), loaded by "
             f"{' and '.join(config.model.architecture.mtp_engines)} alone; `packager quantize` leaves them "
-            "out unless the recipe's quantize.mtp keeps them"
+            "out unless --mtp, or the recipe's quantize.mtp, keeps them"
         )
     counted = count_parameters(config.model, mtp)
     found.parameters = {

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from packager.errors import UsageProblem
 from packager.serving.engine import ServeSpec, vllm_command
 from packager.serving.hardware import GB, hardware_file, parse_hardware
-from packager.serving.plan import Bound, Fit, Plan, Precision, make_plan, model_bytes, shape_config
+from packager.serving.plan import (
+    Bound,
+    Fit,
+    Plan,
+    Precision,
+    held_precision,
+    make_plan,
+    model_bytes,
+    shape_config,
+)
 
 _RELEASED = Path("BUNDLE")
 """Stands in the command for the folder that a release makes."""
@@ -26,10 +35,11 @@ _RELEASED = Path("BUNDLE")
 @click.option("--concurrency", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option(
     "--precision",
-    type=click.Choice(["fp8", "bf16"]),
-    default="fp8",
-    show_default=True,
-    help="Of the weights served; FP8 of a BF16 checkpoint is computed from its config.",
+    type=click.Choice(get_args(Precision)),
+    default=None,
+    help="Of the weights served; another than SOURCE has is computed from its config. fp8: a scale for each "
+    "128x128 weights; fp8-channel, int8: one a row; int4: one for 128 columns.  [default: that of SOURCE if "
+    "it is quantized, else fp8]",
 )
 @click.option("--draft/--no-draft", "with_draft", default=True, help="Serve with an EAGLE3 draft.")
 @click.option(
@@ -50,7 +60,7 @@ def command(
     hardware: str | None,
     context: int | None,
     concurrency: int,
-    precision: Precision,
+    precision: Precision | None,
     with_draft: bool,
     draft_vocab: int | None,
     draft_tokens: int,
@@ -81,6 +91,8 @@ def command(
             f"{draft_tokens} draft tokens cannot yield {acceptance_length} tokens a step",
             f"--acceptance-length is at most {draft_tokens + 1} here.",
         )
+    held = held_precision(config)
+    precision = precision or ("fp8" if held == "bf16" else held)
     own_draft = folder.child("draft") if folder else None
     model = model_bytes(
         config,
@@ -98,7 +110,7 @@ def command(
         acceptance_length=acceptance_length,
         draft_tokens=draft_tokens,
     )
-    as_it_is = folder is not None and (precision == "fp8") == bool(config.quantization_config)
+    as_it_is = folder is not None and precision == held
     served = folder.path if folder and as_it_is else None
     draft_path = own_draft.path if own_draft else None
     made_by = "`packager release` or `packager bundle` makes"

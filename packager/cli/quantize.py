@@ -1,4 +1,4 @@
-"""`packager quantize`: BF16 weights to block FP8."""
+"""`packager quantize`: BF16 weights to FP8, INT4 or INT8."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
-from packager.quantize.fidelity import DEFAULT_MIN_SNR_DB
 from packager.quantize.kernel import Choice
-from packager.recipe import QuantizeSpec
+from packager.recipe import SCALE_ROUNDINGS, QuantizeSpec, ScaleRounding, SchemeName, TensorRule
 
 if TYPE_CHECKING:
     from packager.quantize.dry_run import DryRun
+
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -28,23 +28,47 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | No
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def _rules(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[TensorRule, ...]:
+    rules = []
+    for value in values:
+        tensors, _, do = value.rpartition("=")
+        try:
+            rules.append(TensorRule.model_validate({"tensors": tensors, "do": do}))
+        except ValueError:
+            raise click.BadParameter(
+                f"{value!r} is no pattern and decision such as 'model.layers.*.mlp.shared_experts.*=keep'; "
+                "decisions are keep, drop and quantize"
+            ) from None
+    return tuple(rules)
+
+
 @click.command(name="quantize")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
-@click.option("--scheme", type=click.Choice(["fp8-block"]), default="fp8-block", show_default=True)
+@click.option(
+    "--scheme",
+    type=click.Choice([*SCALE_ROUNDINGS, "bf16"]),
+    default="fp8-block",
+    show_default=True,
+    help="fp8-block: a scale for each 128x128 weights. fp8-channel: a scale a row. int4-g128: a scale for "
+    "each 128 columns of a row, activations stay BF16. w8a8: INT8, a scale a row. bf16: see `packager "
+    "dequantize`.",
+)
 @click.option(
     "--dialect",
     type=click.Choice(["compressed-tensors", "deepseek"]),
     default="compressed-tensors",
     show_default=True,
-    help="How the config and the scales are named; the data is the same.",
+    help="How the config and the scales are named; the data is the same. deepseek: fp8-block only.",
 )
 @click.option(
     "--scale-rounding",
-    type=click.Choice(["power-of-two", "float32"]),
-    default="power-of-two",
-    show_default=True,
-    help="Power-of-two scales survive Hopper's DeepGEMM unchanged.",
+    type=click.Choice(get_args(ScaleRounding)),
+    default=None,
+    help="Default: power-of-two for fp8-block, where such scales survive Hopper's DeepGEMM unchanged; "
+    "float32 for fp8-channel and w8a8; bfloat16 for int4-g128.",
 )
 @click.option(
     "--shard-bytes",
@@ -52,6 +76,22 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | No
     default=5_000_000_000,
     show_default=True,
     help="Largest data section of an output shard.",
+)
+@click.option(
+    "--mtp",
+    type=click.Choice(["drop", "keep", "quantize"]),
+    default="drop",
+    show_default=True,
+    help="Multi-token prediction layers: left out, as they are, or quantized as the others are.",
+)
+@click.option(
+    "--rule",
+    "rules",
+    metavar="PATTERN=DO",
+    multiple=True,
+    callback=_rules,
+    help="What becomes of the tensors whose names match: keep, drop or quantize. PATTERN is a glob over "
+    "whole names, or a regular expression after `re:`. May be given several times.",
 )
 @click.option("--dry-run", "only_plan", is_flag=True, help="Print what would be done, from headers alone.")
 @click.option(
@@ -77,26 +117,28 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | No
 @click.option(
     "--min-snr-db",
     type=float,
-    default=DEFAULT_MIN_SNR_DB,
-    show_default=True,
-    help="The gate: a weight with a lower signal-to-noise ratio ends in exit code 4.",
+    default=None,
+    help="The gate: a weight with a lower signal-to-noise ratio ends in exit code 4. Default: 30; 15 for "
+    "int4-g128.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
     source: str,
     out: Path | None,
-    scheme: Literal["fp8-block"],
+    scheme: SchemeName | Literal["bf16"],
     dialect: Literal["compressed-tensors", "deepseek"],
-    scale_rounding: Literal["power-of-two", "float32"],
+    scale_rounding: ScaleRounding | None,
     shard_bytes: int,
+    mtp: Literal["drop", "keep", "quantize"],
+    rules: tuple[TensorRule, ...],
     only_plan: bool,
     workers: int | None,
     max_memory: int | None,
     kernel: Choice,
-    min_snr_db: float,
+    min_snr_db: float | None,
     as_json: bool,
 ) -> None:
-    """Write the BF16 checkpoint SOURCE as 128x128 block FP8 into the new folder OUT.
+    """Write the BF16 checkpoint SOURCE, quantized, into the new folder OUT.
 
     SOURCE is a folder or hf://org/name@revision, which is read by byte ranges: nothing but OUT is stored.
     Memory stays the same whatever the size of the shards. Interrupted at any moment, the same command goes on
@@ -106,9 +148,21 @@ def command(
     from packager.errors import UsageProblem
     from packager.quantize import dry_run, quantize
 
-    spec = QuantizeSpec(
-        scheme=scheme, dialect=dialect, scale_rounding=scale_rounding, shard_bytes=shard_bytes
-    )
+    if scheme == "bf16":
+        raise UsageProblem(
+            "bf16 is no quantization",
+            f"For BF16 weights out of a quantized checkpoint: packager dequantize {source} {out or 'OUT'}",
+        )
+    settings: dict[str, Any] = {
+        "scheme": scheme,
+        "dialect": dialect,
+        "shard_bytes": shard_bytes,
+        "mtp": mtp,
+        "rules": rules,
+    }
+    if scale_rounding is not None:
+        settings["scale_rounding"] = scale_rounding
+    spec = _spec(settings)
     if only_plan:
         planned = dry_run(source, spec)
         click.echo(json.dumps(asdict(planned))) if as_json else _print_plan(planned)
@@ -124,7 +178,7 @@ def command(
         workers=workers,
         max_memory=max_memory,
         kernel=kernel,
-        min_snr_db=min_snr_db,
+        min_snr_db="default" if min_snr_db is None else min_snr_db,
     )
     if as_json:
         click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
@@ -132,10 +186,22 @@ def command(
     _print(out, manifest.digest, manifest.metrics)
 
 
+def _spec(settings: dict[str, Any]) -> QuantizeSpec:
+    from pydantic import ValidationError
+
+    from packager.errors import UsageProblem
+
+    try:
+        return QuantizeSpec.model_validate(settings)
+    except ValidationError as err:
+        said = "; ".join(error["msg"].removeprefix("Value error, ") for error in err.errors())
+        raise UsageProblem(said, "Leave the option out for the scheme's default.") from None
+
+
 def _print_plan(planned: DryRun) -> None:
     from packager.checkpoint.header import readable_bytes
 
-    row = "{:<17}{:<9}{:<14}{:>7} {:>15} {:>8} {:>8}".format
+    row = "{:<17}{:<9}{:<18}{:>7} {:>15} {:>8} {:>8}".format
     click.echo(f"{planned.source}, scheme {planned.scheme}")
     click.echo(row("role", "decision", "stored as", "tensors", "parameters", "from", "to"))
     for role in planned.roles:

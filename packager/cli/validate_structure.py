@@ -34,9 +34,9 @@ def structure(
 ) -> None:
     """Check names, shapes, scales and settings of CHECKPOINT; no server is needed.
 
-    Every FP8 weight has its scale as the dialect in config.json wants it, nothing else is quantized, no code
-    is NaN, every scale is a positive number, the index and the list of skipped modules agree with what is
-    stored. Says for 1 to 8 GPUs whether the shapes divide, and what vLLM and SGLang make of it.
+    Every quantized weight has its scale as the dialect in config.json wants it, nothing else is quantized, no
+    code is NaN, every scale is a positive number, the index and the list of skipped modules agree with what
+    is stored. Says for 1 to 8 GPUs whether the shapes divide, and what vLLM and SGLang make of it.
 
     Exits 3 with every problem listed, or 5 if CHECKPOINT is not what SOURCE was.
     """
@@ -73,7 +73,9 @@ def _print(found: Structure) -> None:
     scheme = f"{found.scheme}, {found.dialect} dialect" if found.scheme else "no quantization stated"
     click.echo(f"{found.architecture}: {scheme}")
     read = "codes and scales read" if found.data_read else "headers only"
-    click.echo(f"{found.quantized} FP8 weights, {found.scales} scales, {found.kept} other tensors ({read})\n")
+    click.echo(
+        f"{found.quantized} quantized weights, {found.scales} scales, {found.kept} other tensors ({read})\n"
+    )
     _print_parallel(found, console)
     _print_engines(found, console)
     for problem in found.problems:

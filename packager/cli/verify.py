@@ -23,7 +23,9 @@ _LISTED = 20
 @click.command()
 @click.argument("what", metavar="PATH|hf://REPO@REVISION")
 @click.option("--key", type=click.Path(path_type=Path), help="The publisher's public key (`.pub`).")
-@click.option("--against", metavar="SOURCE", help="Recompute the FP8 weights of PATH from this checkpoint.")
+@click.option(
+    "--against", metavar="SOURCE", help="Recompute the quantized weights of PATH from this checkpoint."
+)
 @click.option(
     "--sample",
     type=click.IntRange(min=1),
@@ -57,9 +59,9 @@ def command(
     is downloaded into the hub cache first. Without --key the signature's file list is compared, but who made
     it is not proved.
 
-    With --against, PATH is any FP8 checkpoint and SOURCE the one it was made from. A second implementation,
-    in NumPy, recomputes scales and codes of a sample, or of all weights, and compares every other tensor
-    byte by byte; hashes and signatures are not looked at.
+    With --against, PATH is any FP8, INT4 or INT8 checkpoint and SOURCE the one it was made from. A second
+    implementation, in NumPy, recomputes scales and codes of a sample, or of all weights, and compares every
+    other tensor byte by byte; hashes and signatures are not looked at.
     """
     if against is None:
         if sample is not None or everything or scale_rounding is not None:

@@ -1,4 +1,4 @@
-"""What a `quantization_config` states about FP8 weights, read apart from the code that writes it.
+"""What a `quantization_config` states about quantized weights, read apart from the code that writes it.
 
 Sources: compressed-tensors' `QuantizationArgs`; the config of DeepSeek-V3 and vLLM's `quantization/fp8.py`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 SUFFIXES = {"compressed-tensors": "weight_scale", "deepseek": "weight_scale_inv"}
 """Name of the scale beside `weight`, by dialect. The weight is multiplied by it in both."""
@@ -17,7 +17,7 @@ BLOCK = (128, 128)
 
 @dataclass(frozen=True)
 class Stated:
-    """FP8 weights with one scale a block or a row."""
+    """Quantized weights with one scale a block, a row, or a group of columns of a row."""
 
     dialect: str
     """`deepseek` or `compressed-tensors`."""
@@ -25,11 +25,34 @@ class Stated:
     """Rows and columns that share a scale; None: one scale a row."""
     skipped: tuple[str, ...]
     """Modules left alone: exact names, or patterns that begin with `re:` (compressed-tensors only)."""
+    kind: Literal["fp8", "int4", "int8"] = "fp8"
+    """Of the codes; INT4 is packed into int32."""
 
     @property
     def scheme(self) -> str:
-        """`fp8-block` or `fp8-channel`."""
-        return "fp8-channel" if self.block is None else "fp8-block"
+        """`fp8-block`, `fp8-channel`, `int4-g128`, `int4-channel` or `w8a8`."""
+        if self.kind == "fp8":
+            return "fp8-channel" if self.block is None else "fp8-block"
+        if self.kind == "int8":
+            return "w8a8"
+        return "int4-channel" if self.block is None else f"int4-g{self.block[1]}"
+
+    @property
+    def code_dtype(self) -> str:
+        """Dtype of the tensor that holds the codes."""
+        return {"fp8": "F8_E4M3", "int4": "I32", "int8": "I8"}[self.kind]
+
+    def codes_of(self, weight: str) -> str:
+        """Name of the tensor that holds the codes of `X.weight`."""
+        return weight + "_packed" if self.kind == "int4" else weight
+
+    def code_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of that tensor for a weight [N, K]."""
+        return (*shape[:-1], -(-shape[-1] // 8)) if self.kind == "int4" else shape
+
+    def shape_of(self, weight: str) -> str | None:
+        """Name of the tensor that states the shape of a packed weight; None: its codes do."""
+        return weight + "_shape" if self.kind == "int4" else None
 
     @property
     def suffix(self) -> str:
@@ -102,9 +125,8 @@ def _deepseek(raw: dict[str, Any]) -> tuple[Stated | None, list[str]]:
 
 def _compressed(raw: dict[str, Any]) -> tuple[Stated | None, list[str]]:
     problems = []
-    for key, want in (("format", "float-quantized"), ("quantization_status", "compressed")):
-        if raw.get(key) != want:
-            problems.append(f"{key} is {raw.get(key)!r}, not {want!r}")
+    if raw.get("quantization_status") != "compressed":
+        problems.append(f"quantization_status is {raw.get('quantization_status')!r}, not 'compressed'")
     skipped = _names(raw, "ignore", problems)
     for name in skipped:
         if name.startswith("re:"):
@@ -121,24 +143,54 @@ def _compressed(raw: dict[str, Any]) -> tuple[Stated | None, list[str]]:
         problems.append(f"the group's targets are {group.get('targets')}, not ['Linear']")
     weights = group.get("weights")
     weights = weights if isinstance(weights, dict) else {}
-    kind = {key: weights.get(key) for key in ("type", "num_bits", "symmetric")}
-    if kind != {"type": "float", "num_bits": 8, "symmetric": True}:
-        return None, [*problems, f"weights are {kind}, not symmetric 8-bit float"]
-    strategy = weights.get("strategy")
-    if strategy == "block":
-        if weights.get("block_structure") != list(BLOCK):
-            problems.append(f"block_structure is {weights.get('block_structure')}, not {list(BLOCK)}")
-        want_activations = {"strategy": "group", "group_size": BLOCK[1], "dynamic": True}
-    elif strategy == "channel":
-        want_activations = {"strategy": "token", "dynamic": True}
-    else:
-        return None, [*problems, f"the weights' strategy {strategy!r} is neither block nor channel"]
+    numbers = (weights.get("type"), weights.get("num_bits"))
+    if numbers not in _FORMATS or weights.get("symmetric") is not True:
+        kind = {key: weights.get(key) for key in ("type", "num_bits", "symmetric")}
+        return None, [*problems, f"weights are {kind}, not symmetric 8-bit float or 4- or 8-bit int"]
+    codes, form = _FORMATS[numbers]
+    if raw.get("format") != form:
+        problems.append(f"format is {raw.get('format')!r}, not {form!r}")
+    block, want_activations = _sharing(codes, weights, problems)
+    if want_activations is None:
+        return None, problems
     activations = group.get("input_activations")
+    if not want_activations and activations is not None:
+        problems.append(f"input_activations are {activations}, not left alone")
     activations = activations if isinstance(activations, dict) else {}
     found = {key: activations.get(key) for key in want_activations}
     if found != want_activations:
         problems.append(f"input_activations are {found}, not {want_activations}")
-    return Stated("compressed-tensors", BLOCK if strategy == "block" else None, skipped), problems
+    return Stated("compressed-tensors", block, skipped, codes), problems
+
+
+_FORMATS: dict[Any, tuple[Literal["fp8", "int4", "int8"], str]] = {
+    ("float", 8): ("fp8", "float-quantized"),
+    ("int", 8): ("int8", "int-quantized"),
+    ("int", 4): ("int4", "pack-quantized"),
+}
+
+
+def _sharing(
+    codes: str, weights: dict[str, Any], problems: list[str]
+) -> tuple[tuple[int, int] | None, dict[str, Any] | None]:
+    """Which weights share a scale, and how activations must go with that; None: neither is known."""
+    strategy = weights.get("strategy")
+    token = {"strategy": "token", "dynamic": True}
+    if strategy == "block" and codes == "fp8":
+        if weights.get("block_structure") != list(BLOCK):
+            problems.append(f"block_structure is {weights.get('block_structure')}, not {list(BLOCK)}")
+        return BLOCK, {"strategy": "group", "group_size": BLOCK[1], "dynamic": True}
+    if strategy == "channel":
+        return None, {} if codes == "int4" else token
+    columns = weights.get("group_size")
+    if strategy == "group" and codes == "int4" and type(columns) is int and columns > 0:
+        if weights.get("actorder") not in (None, "static", "weight"):
+            problems.append(f"columns are reordered by activation (actorder {weights['actorder']!r})")
+        return (1, columns), {}
+    known = {"fp8": "block nor channel", "int8": "channel", "int4": "group nor channel"}[codes]
+    word = "is not" if codes == "int8" else "is neither"
+    problems.append(f"the weights' strategy {strategy!r} {word} {known}")
+    return None, None
 
 
 def _names(raw: dict[str, Any], key: str, problems: list[str]) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Facts:
     stated: Stated | None
     layout: list[Expected]
     quantized: frozenset[str]
-    """Weights stored as FP8."""
+    """Weights stored as codes."""
     scale_dtypes: frozenset[str]
     mtp_layers: int
     """Multi-token prediction layers whose tensors are there."""
@@ -70,10 +70,10 @@ def _dialect(facts: Facts) -> Need:
     matter = "quantization"
     if facts.stated is None:
         if facts.quantized:
-            return _same(matter, "problem", "FP8 weights, no quantization_config")
+            return _same(matter, "problem", "quantized weights, no quantization_config")
         return _same(matter, "ok", "none")
     if not facts.quantized:
-        return _same(matter, "problem", "quantization_config, no FP8 weight")
+        return _same(matter, "problem", "quantization_config, no quantized weight")
     text = f"{facts.stated.scheme}, {facts.stated.dialect}"
     if facts.stated.dialect == "compressed-tensors" and facts.stated.scheme == "fp8-block":
         sglang = Verdict("note", "needs a release that knows block scales here; `packager relabel` if not")
@@ -100,7 +100,7 @@ def _skipped(facts: Facts) -> Need:
             if want.name in facts.quantized and skips(want.name.removesuffix(".weight"))
         ]
         verdicts.append(
-            Verdict("problem", f"takes {len(wrong)} FP8 weights for skipped: {wrong[0]}")
+            Verdict("problem", f"takes {len(wrong)} quantized weights for skipped: {wrong[0]}")
             if wrong
             else Verdict("ok", f"{len(stated.skipped) if stated else 0} entries")
         )
@@ -108,7 +108,7 @@ def _skipped(facts: Facts) -> Need:
 
 
 def _fused(facts: Facts) -> Need:
-    """Gate and up run as one product, the experts of a layer as another: all FP8 or none."""
+    """Gate and up run as one product, the experts of a layer as another: all quantized or none."""
     groups: dict[str, set[bool]] = {}
     for want in facts.layout:
         if want.role is Role.ROUTED_EXPERT:
@@ -120,7 +120,7 @@ def _fused(facts: Facts) -> Need:
         groups.setdefault(group, set()).add(want.name in facts.quantized)
     mixed = [group for group, kinds in groups.items() if len(kinds) > 1]
     if mixed:
-        return _same("fused layers", "problem", f"{mixed[0]} is partly FP8")
+        return _same("fused layers", "problem", f"{mixed[0]} is partly quantized")
     return _same("fused layers", "ok", "each of one kind")
 
 

@@ -49,7 +49,8 @@ def splits(
 
     Args:
         config: its configuration.
-        block: rows and columns that share a scale; None: no such constraint (BF16, or one scale a row).
+        block: rows and columns that share a scale, (1, columns) for groups within a row; None: no such
+            constraint (BF16, or one scale a row).
         quantized: roles that are stored quantized in such blocks.
         sizes: numbers of GPUs.
     """
@@ -63,8 +64,11 @@ def _split(config: BailingConfig, block: tuple[int, int] | None, quantized: Set[
     if block is not None and heads is not None and kv_heads is not None:
         projections = Role.QUERY_KEY_VALUE in quantized, Role.ATTENTION_OUTPUT in quantized
         width, kv_width = heads * config.head_dim, kv_heads * config.head_dim
-        if (any(projections) and size > 1) or projections[0]:
+        # The rows of the one are split, the columns of the other.
+        if projections[0] and block[0] > 1:
             _whole_blocks(width, block[0], "query width", reasons)
+        elif projections[1] and size > 1:
+            _whole_blocks(width, block[1], "query width", reasons)
         if projections[0]:
             _whole_blocks(kv_width, block[0], "KV width", reasons)
     dense = expert = None
@@ -106,7 +110,7 @@ def _mlp(
         reasons.append(f"{what} {width} does not divide by {size}")
         return None
     share = width // size
-    if block is not None and quantized:
+    if block is not None and quantized and (block[0] > 1 or size > 1):
         # Gate and up are stacked: their rows come in whole blocks on one GPU too. Down's columns are split.
         _whole_blocks(share, max(block), what, reasons)
     return share

@@ -25,7 +25,8 @@ from packager.errors import BadInput
 from packager.proof import reference
 from packager.proof.dialect import Stated, read_stated, scale_of, scale_shape
 from packager.proof.files import Stored, WeightFiles, read_object
-from packager.proof.reference import Rounding
+from packager.proof.integers import Integers
+from packager.proof.reference import Arithmetic, Rounding
 
 _CHUNK = 1 << 24
 _ROWS_AT_ONCE = 1 << 20
@@ -69,7 +70,8 @@ class RoleProof:
     snr_db: float | None = None
     """Of the checked tensors, source against code x scale; None where they are equal or not finite."""
     worst_relative_error: float = 0.0
-    """Over elements of at least 2**-6 scales, the normal numbers of E4M3: at most 1/17 if all is right."""
+    """FP8: over elements of at least 2**-6 scales, the normal numbers of E4M3; at most 1/17 if all is right.
+    Integers: |w' - w| over the largest |w| of the group; at most about 1/15 (INT4) or 1/255 (INT8)."""
     signal: float = field(default=0.0, repr=False)
     noise: float = field(default=0.0, repr=False)
 
@@ -79,12 +81,12 @@ class Proof:
     """What was recomputed and what did not agree."""
 
     scheme: str | None
-    """`fp8-block`, `fp8-channel`; None: nothing is quantized."""
+    """`fp8-block`, `fp8-channel`, `int4-g128`, `w8a8`; None: nothing is quantized."""
     dialect: str | None
     rounding: Rounding | None
-    """float32 or power-of-two; None: nothing was recomputed."""
+    """float32, power-of-two or bfloat16; None: nothing was recomputed."""
     rounding_from: str
-    """Where that is stated: `manifest.json`, `asked for`, or `the scales themselves`."""
+    """Where that is stated: `manifest.json`, `asked for`, `their dtype`, or `the scales themselves`."""
     seed: int
     roles: dict[str, RoleProof] = field(default_factory=dict)
     kept: int = 0
@@ -132,7 +134,8 @@ def verify_against(
     """Recompute `sample` quantized weights of `path` from `source`, or all if None.
 
     Args:
-        path: block or channel FP8 checkpoint in either dialect; an unquantized one must equal its source.
+        path: FP8 checkpoint in either dialect, symmetric INT4 or INT8 of compressed-tensors; an unquantized
+            one must equal its source.
         source: the BF16, FP16 or FP32 checkpoint that it was made from.
         sample: weights to recompute, spread over roles and layers; the first and the last are always among
             them.
@@ -160,13 +163,15 @@ def verify_against(
         for weight, _, _ in pairs:
             proof.roles.setdefault(role_of(weight.name), RoleProof()).tensors += 1
         chosen = pairs if sample is None else _sampled(pairs, sample, seed)
-        _settle_rounding(proof, made, [scale for _, scale, _ in chosen], rounding)
-        jobs = [_Bands(made, original, weight, scale, want, stated) for weight, scale, want in chosen]
+        _settle_rounding(proof, made, stated, [scale for _, scale, _ in chosen], rounding)
+        jobs = [
+            _Bands(made, original, weight, scale, want, stated) for weight, scale, want in chosen if stated
+        ]
         with ThreadPoolExecutor(workers) as pool:
             # In the order of the jobs, so the figures do not depend on the number of workers.
             results = pool.map(lambda bands: _recompute(bands, proof.rounding or "float32"), jobs)
             for number, (bands, found) in enumerate(zip(jobs, results, strict=True), start=1):
-                _add(proof, bands.weight, found)
+                _add(proof, bands.want, found)
                 if number % 500 == 0 or number == len(jobs):
                     progress(f"recomputed {number} of {len(jobs)} weights")
     _sum_up(proof)
@@ -206,33 +211,66 @@ def _pairs(
     for name in sorted(original.tensors, key=_model_order):
         want, have = original.tensors[name], made.tensors.get(name)
         known.add(name)
-        if have is None:
+        if stated and (codes := _codes(made, stated, want)) is not None:
+            known |= {codes.name, scale_of(name, stated.suffix), stated.shape_of(name) or name}
+            if have is not None and have is not codes:
+                proof.problems.append(f"{name}: stored twice, as {have.dtype} and as {codes.name}")
+            faults = list(_faults_of_codes(made, stated, codes, want))
+            proof.problems += faults
+            if not faults:
+                pairs.append((codes, made.tensors[scale_of(name, stated.suffix)], want))
+        elif have is None:
             if name in left_out:
                 proof.left_out += 1
             else:
                 proof.problems.append(f"missing: {name} {list(want.shape)}")
         elif have.shape != want.shape:
             proof.problems.append(f"{name}: shape {list(have.shape)}, the source has {list(want.shape)}")
-        elif have.dtype != "F8_E4M3" or want.dtype == "F8_E4M3":
-            _compare_kept(proof, made, original, have, want)
-        elif stated is None:
-            proof.problems.append(f"{name}: FP8, but config.json states no quantization")
-        elif len(have.shape) != 2 or want.dtype not in ("BF16", "F16", "F32"):
-            proof.problems.append(f"{name}: {want.dtype} {list(want.shape)} cannot become FP8 with scales")
+        elif have.dtype == "F8_E4M3" and want.dtype != "F8_E4M3":
+            why = f"the codes stated are {stated.scheme}" if stated else "config.json states no quantization"
+            proof.problems.append(f"{name}: FP8, but {why}")
         else:
-            scale = made.tensors.get(scale_of(name, stated.suffix))
-            known.add(scale_of(name, stated.suffix))
-            shape = scale_shape(have.shape, stated.block)
-            if scale is None:
-                proof.problems.append(f"{name}: FP8 without {scale_of(name, stated.suffix)}")
-            elif scale.shape != shape or scale.dtype not in ("F32", "BF16"):
-                proof.problems.append(
-                    f"{scale.name}: {scale.dtype} {list(scale.shape)}, expected F32 {list(shape)}"
-                )
-            else:
-                pairs.append((have, scale, want))
+            _compare_kept(proof, made, original, have, want)
     proof.problems.extend(f"extra: {name}" for name in made.tensors if name not in known)
     return pairs
+
+
+def _codes(made: WeightFiles, stated: Stated, want: Stored) -> Stored | None:
+    """The tensor that holds a weight's codes; None: it is not quantized."""
+    codes = made.tensors.get(stated.codes_of(want.name))
+    return codes if codes and codes.dtype == stated.code_dtype != want.dtype else None
+
+
+def _faults_of_codes(made: WeightFiles, stated: Stated, codes: Stored, want: Stored) -> Iterator[str]:
+    """What keeps a quantized weight from being recomputed."""
+    if len(want.shape) != 2 or want.dtype not in ("BF16", "F16", "F32"):
+        yield f"{want.name}: {want.dtype} {list(want.shape)} cannot become {stated.kind.upper()} with scales"
+        return
+    shape = stated.code_shape(want.shape)
+    if codes.shape != shape:
+        came = f"the source has {list(want.shape)}"
+        expected = came if shape == want.shape else f"expected {list(shape)}, {came}"
+        yield f"{codes.name}: shape {list(codes.shape)}, {expected}"
+        return
+    name = scale_of(want.name, stated.suffix)
+    scale, shape = made.tensors.get(name), scale_shape(want.shape, stated.block)
+    if scale is None:
+        yield f"{want.name}: {stated.kind.upper()} without {name}"
+    elif scale.shape != shape or scale.dtype not in ("F32", "BF16"):
+        yield f"{name}: {scale.dtype} {list(scale.shape)}, expected F32 or BF16 {list(shape)}"
+    written = stated.shape_of(want.name)
+    if written is not None:
+        said = made.tensors.get(written)
+        if said is None or said.dtype not in ("I64", "I32") or said.shape != (2,):
+            yield f"{want.name}: INT4 without {written} of two integers"
+        elif said_shape(made, said) != want.shape:
+            yield f"{written}: says {list(said_shape(made, said))}, the source has {list(want.shape)}"
+
+
+def said_shape(made: WeightFiles, tensor: Stored) -> tuple[int, ...]:
+    """What a tensor of int32 or int64 that states a shape says."""
+    data = made.read(tensor, 0, tensor.nbytes)
+    return tuple(int(size) for size in data.view({"I32": "<i4", "I64": "<i8"}[tensor.dtype]))
 
 
 def _left_out(made: WeightFiles, original: WeightFiles) -> set[str]:
@@ -301,8 +339,16 @@ def _by_layers(layers: dict[int, list[int]], chance: random.Random) -> Iterator[
                 yield layers[layer][turn]
 
 
-def _settle_rounding(proof: Proof, made: WeightFiles, scales: list[Stored], asked: Rounding | None) -> None:
-    if not scales:
+def _settle_rounding(
+    proof: Proof, made: WeightFiles, stated: Stated | None, scales: list[Stored], asked: Rounding | None
+) -> None:
+    if not scales or stated is None:
+        return
+    if stated.kind != "fp8":
+        if asked == "power-of-two":
+            raise BadInput(f"scales of {stated.scheme} are rounded to no power of two")
+        proof.rounding = "bfloat16" if scales[0].dtype == "BF16" else "float32"
+        proof.rounding_from = "their dtype"
         return
     manifest = made.path / "manifest.json"
     if asked is not None:
@@ -323,28 +369,40 @@ def _settle_rounding(proof: Proof, made: WeightFiles, scales: list[Stored], aske
     proof.rounding, proof.rounding_from = "power-of-two" if most else "float32", "the scales themselves"
 
 
+_INTEGERS = {"int4": Integers(4), "int8": Integers(8)}
+
+
+def _arithmetic(stated: Stated) -> Arithmetic:
+    return reference if stated.kind == "fp8" else _INTEGERS[stated.kind]
+
+
 @dataclass(frozen=True)
 class _Bands:
-    """A weight, cut into bands of rows that share scales."""
+    """A weight, cut into bands of rows that share no scale with others."""
 
     made: WeightFiles
     original: WeightFiles
     weight: Stored
     scale: Stored
     want: Stored
-    stated: Stated | None
+    stated: Stated
 
     @property
     def columns(self) -> int | None:
         """Columns that share a scale; None: a whole row does."""
-        return self.stated.block[1] if self.stated and self.stated.block else None
+        return self.stated.block[1] if self.stated.block else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows of a band share scales."""
+        return self.stated.block is not None and self.stated.block[0] > 1
 
     def __iter__(
         self,
     ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32], int]]:
-        """First row; source [R, K]; codes [R, K]; scales [blocks] or [R]; the scales' first row."""
-        rows, width = self.weight.shape
-        block = self.stated.block if self.stated else None
+        """First row; source [R, K]; codes [R, K]; scales [1, blocks] or [R, groups]; their first row."""
+        rows, width = self.want.shape
+        block = self.stated.block if self.whole else None
         step = block[0] if block else max(_ROWS_AT_ONCE // max(width, 1), 1)
         for first in range(0, rows, step):
             last = min(first + step, rows)
@@ -352,7 +410,8 @@ class _Bands:
             codes = self.made.rows(self.weight, first, last)
             begin, end = (first // step, first // step + 1) if block else (first, last)
             scales = reference.widen(self.made.rows(self.scale, begin, end), self.scale.dtype)
-            yield first, source.reshape(-1, width), codes.reshape(-1, width), scales, begin
+            codes = _arithmetic(self.stated).unpacked(codes, width)
+            yield first, source.reshape(-1, width), codes, scales.reshape(end - begin, -1), begin
 
 
 @dataclass
@@ -367,27 +426,26 @@ class _Weight:
 
 def _recompute(bands: _Bands, rounding: Rounding) -> _Weight:
     """Check one weight: figures, and at most one mismatch of each kind."""
-    faults, found = _Faults(bands.weight.name, bands.scale.name), _Weight()
+    arithmetic = _arithmetic(bands.stated)
+    faults, found = _Faults(arithmetic, bands.weight.name, bands.scale.name), _Weight()
     for first, source, codes, scales, scale_row in bands:
         with np.errstate(all="ignore"):  # damaged scales divide by zero; they are reported, not warned about
-            largest = reference.largest_in_blocks(source, bands.columns)
+            largest = reference.largest_in_blocks(source, bands.columns, whole=bands.whole)
             if not np.isfinite(largest).all():
                 faults.source(first, source)
                 continue
-            right = reference.expected_scales(largest, rounding, bands.scale.dtype)
-            faults.scales(scale_row, scales, right, bands.columns is None)
-            spread = scales[:, None]
+            right = arithmetic.expected_scales(largest, rounding, bands.scale.dtype)
+            faults.scales(scale_row, scales, right)
+            spread = scales
             if bands.columns is not None:
-                spread = np.repeat(scales, bands.columns)[: source.shape[1]][None, :]
+                spread = np.repeat(scales, bands.columns, axis=1)[:, : source.shape[1]]
             faults.codes(first, source, spread, codes)
-            back = reference.VALUES[codes] * spread
+            back = arithmetic.VALUES[codes] * spread
             difference = np.abs(back - source)
             found.signal += float(np.einsum("ij,ij->i", source, source).sum(dtype=np.float64))
             found.noise += float(np.einsum("ij,ij->i", difference, difference).sum(dtype=np.float64))
-            absolute = np.abs(source)
-            np.divide(difference, absolute, out=difference)
-            difference[absolute < spread * np.float32(reference.SMALLEST_NORMAL)] = 0
-            found.worst = max(found.worst, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
+            relative = arithmetic.relative_errors(difference, source, spread)
+            found.worst = max(found.worst, float(np.nan_to_num(relative, nan=np.inf).max(initial=0.0)))
     found.mismatches.extend(faults.found.values())
     return found
 
@@ -408,6 +466,7 @@ def _add(proof: Proof, weight: Stored, found: _Weight) -> None:
 class _Faults:
     """Of one weight: the first fault of each kind and how many there are."""
 
+    arithmetic: Arithmetic
     weight: str
     scale: str
     found: dict[str, Mismatch] = field(default_factory=dict)
@@ -425,14 +484,12 @@ class _Faults:
         what = str(rows[row, column])
         self._note("source", self.weight, (first_row + row, column), int(bad.sum()), what, "a finite value")
 
-    def scales(
-        self, first_row: int, found: NDArray[np.float32], right: NDArray[np.float32], channel: bool
-    ) -> None:
-        bad = np.flatnonzero(found != right)
+    def scales(self, first_row: int, found: NDArray[np.float32], right: NDArray[np.float32]) -> None:
+        bad = np.argwhere(found != right)
         if bad.size:
-            at = int(bad[0])
-            where = (first_row + at, 0) if channel else (first_row, at)
-            self._note("scale", self.scale, where, bad.size, f"{found[at]:.9g}", f"{right[at]:.9g}")
+            row, column = bad[0]
+            where, values = (first_row + row, column), (found[row, column], right[row, column])
+            self._note("scale", self.scale, where, len(bad), *(f"{value:.9g}" for value in values))
 
     def codes(
         self,
@@ -441,12 +498,12 @@ class _Faults:
         scales: NDArray[np.float32],
         codes: NDArray[np.uint8],
     ) -> None:
-        wrong = reference.wrong_codes(source, scales, codes)
+        wrong = self.arithmetic.wrong_codes(source, scales, codes)
         count = int(np.count_nonzero(wrong))
         if count:
             row, column = np.argwhere(wrong)[0]
             spread = np.broadcast_to(scales, source.shape)
-            expected = int(reference.nearest_codes(source[row, column], spread[row, column]))
+            expected = int(self.arithmetic.nearest_codes(source[row, column], spread[row, column]))
             found = f"0x{int(codes[row, column]):02X}"
             where = (first_row + row, column)
             self._note("code", self.weight, where, count, found, f"0x{expected:02X}")

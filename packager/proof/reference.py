@@ -8,16 +8,45 @@ no infinity, 0x7F and 0xFF are NaN (Micikevicius et al., "FP8 Formats for Deep L
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-Rounding = Literal["float32", "power-of-two"]
+Rounding = Literal["float32", "power-of-two", "bfloat16"]
 LARGEST = 448.0
 SMALLEST_NORMAL = 2.0**-6
 """Below it E4M3 has a fixed step, so relative errors mean little."""
+
+
+class Arithmetic(Protocol):
+    """What this module does for FP8, and `integers.Integers` for the others."""
+
+    @property
+    def VALUES(self) -> NDArray[np.float32]: ...
+
+    def unpacked(self, data: NDArray[np.uint8], width: int, /) -> NDArray[np.uint8]: ...
+
+    def wrong_codes(
+        self, weights: NDArray[np.float32], scales: NDArray[np.float32], codes: NDArray[np.uint8], /
+    ) -> NDArray[np.bool_]: ...
+
+    def nearest_codes(
+        self, weights: NDArray[np.float32], scales: NDArray[np.float32], /
+    ) -> NDArray[np.uint8]: ...
+
+    def expected_scales(
+        self, largest: NDArray[np.float32], rounding: Rounding, dtype: str, /
+    ) -> NDArray[np.float32]: ...
+
+    def relative_errors(
+        self,
+        differences: NDArray[np.float32],
+        weights: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        /,
+    ) -> NDArray[np.float32]: ...
 
 
 def _value(code: int) -> float:
@@ -64,16 +93,36 @@ def nearest_codes(weights: NDArray[np.float32], scales: NDArray[np.float32]) -> 
     return quotients.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
-def largest_in_blocks(band: NDArray[np.float32], columns: int | None) -> NDArray[np.float32]:
-    """Largest absolute values of a band of rows [R, K]: of each `columns` columns [ceil(K/columns)], or of
-    each row [R] if None."""
+def relative_errors(
+    differences: NDArray[np.float32], weights: NDArray[np.float32], scales: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Absolute differences over the weights, 0 where these are no normal numbers of E4M3; in place."""
+    absolute = np.abs(weights)
+    np.divide(differences, absolute, out=differences)
+    differences[absolute < scales * np.float32(SMALLEST_NORMAL)] = 0
+    return differences
+
+
+def unpacked(data: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Bytes of some rows as one code a byte [R, width]."""
+    return data.reshape(-1, width)
+
+
+def largest_in_blocks(band: NDArray[np.float32], columns: int | None, *, whole: bool) -> NDArray[np.float32]:
+    """Largest absolute values of a band [R, K], in the shape of its scales.
+
+    Args:
+        band: rows.
+        columns: that share a scale: [..., ceil(K/columns)]; None: all, [..., 1].
+        whole: all rows share scales, [1, ...]; else each has its own, [R, ...].
+    """
     absolute = np.abs(band)
+    if whole:
+        absolute = absolute.max(axis=0, keepdims=True)
     if columns is None:
-        rows: NDArray[np.float32] = absolute.max(axis=1)
+        rows: NDArray[np.float32] = absolute.max(axis=1, keepdims=True)
         return rows
-    widest: NDArray[np.float32] = np.maximum.reduceat(
-        absolute.max(axis=0), np.arange(0, band.shape[1], columns)
-    )
+    widest: NDArray[np.float32] = np.maximum.reduceat(absolute, np.arange(0, band.shape[1], columns), axis=1)
     return widest
 
 

@@ -22,7 +22,7 @@ from packager.proof.files import Stored, WeightFiles, read_object
 from packager.proof.parallel import Split, splits
 from packager.proof.reference import widen
 
-CODE = "F8_E4M3"
+_FP8 = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16")
 _CHUNK = 1 << 24
 _LINEAR_KEPT = frozenset({Role.LM_HEAD, Role.ROUTER, Role.MTP_PROJECTION})
@@ -57,13 +57,13 @@ class Structure:
     path: str
     architecture: str
     scheme: str | None
-    """`fp8-block`, `fp8-channel`; None: config.json states no quantization."""
+    """`fp8-block`, `fp8-channel`, `int4-g128`, `w8a8`; None: config.json states no quantization."""
     dialect: str | None
     quantized: int = 0
-    """FP8 weights."""
+    """Weights stored as codes."""
     scales: int = 0
     kept: int = 0
-    """Tensors that are neither."""
+    """Tensors that are neither, nor the shape of a packed weight."""
     data_read: bool = False
     """Whether codes and scales were read, not headers alone."""
     problems: list[Problem] = field(default_factory=list)
@@ -84,12 +84,13 @@ class Structure:
 def check_structure(
     path: Path, *, source: Path | None = None, read_data: bool = True, engine: str | None = None
 ) -> Structure:
-    """Check a BailingMoeV2 checkpoint, FP8 in either dialect or unquantized.
+    """Check a BailingMoeV2 checkpoint: FP8 in either dialect, INT4 or INT8, or unquantized.
 
     Args:
         path: checkpoint folder.
         source: the checkpoint it was made from; names, shapes and shape-fixing settings are compared.
-        read_data: look for NaN codes and for scales that are no positive number.
+        read_data: look for NaN codes, for scales that are no positive number, and for the shapes that packed
+            weights are said to have.
         engine: `vllm` or `sglang`: its refusals are problems; None: what both refuse is.
 
     Raises:
@@ -112,14 +113,17 @@ def check_structure(
         found.problems += [Problem("config", "", f"quantization_config: {text}") for text in complaints]
         check = _Tensors(files, layout, stated, readable=stated is not None or not complaints)
         found.problems += check.problems()
-        quantized = frozenset(w.name for w in layout if check.is_code(w.name))
+        codes = {want.name: held for want in layout if (held := check.codes(want)) is not None}
+        quantized = frozenset(codes)
         found.quantized, found.scales = len(quantized), len(check.scales)
-        found.kept = len(files.tensors) - found.quantized - found.scales
+        found.kept = len(files.tensors) - found.quantized - found.scales - len(check.shapes)
         if read_data:
-            for name in sorted(quantized):
-                found.problems += _nan_codes(files, files.tensors[name])
+            for _, held in sorted(codes.items()):
+                found.problems += _nan_codes(files, held) if held.dtype == _FP8 else ()
             for name in sorted(check.scales):
                 found.problems += _bad_scales(files, files.tensors[name])
+            for name, want in sorted(check.shapes.items()):
+                found.problems += _other_shape(files, files.tensors[name], want)
         roles = frozenset(want.role for want in layout if want.name in quantized)
         found.parallel = splits(config, stated.block if stated else None, roles)
         scale_dtypes = frozenset(files.tensors[name].dtype for name in check.scales)
@@ -127,7 +131,8 @@ def check_structure(
         found.engines = needs(Facts(raw, config, stated, layout, quantized, scale_dtypes, mtp))
         found.problems += _refusals(found, engine)
         if source is not None:
-            found.problems += _source_problems(files, raw, source, quantized, check.scales)
+            stored = {held.name for held in codes.values()} | check.scales | check.shapes.keys()
+            found.problems += _source_problems(files, raw, source, quantized, stored)
     return found
 
 
@@ -146,11 +151,20 @@ class _Tensors:
             for name in files.tensors
             if name.endswith(tuple(SUFFIXES.values())) and name not in self._by_name
         }
+        self.shapes = {
+            name: want
+            for want in layout
+            if stated and (name := stated.shape_of(want.name)) is not None and name in files.tensors
+        }
+        """Tensors that state the shape of a packed weight -> that weight."""
         self._other = next((s for s in SUFFIXES.values() if stated and s != stated.suffix), "")
 
-    def is_code(self, name: str) -> bool:
-        """Whether a tensor is there and stored as FP8."""
-        return name in self._tensors and self._tensors[name].dtype == CODE
+    def codes(self, want: Expected) -> Stored | None:
+        """The tensor that holds the codes of a weight; None: it is not quantized, or not there."""
+        packed = self._tensors.get(self._stated.codes_of(want.name)) if self._stated else None
+        have = packed or self._tensors.get(want.name)
+        dtypes = {_FP8, self._stated.code_dtype} if self._stated else {_FP8}
+        return have if have is not None and have.dtype in dtypes else None
 
     def problems(self) -> Iterator[Problem]:
         """Every fault, weight by weight, then what belongs to no weight."""
@@ -166,31 +180,42 @@ class _Tensors:
                 f"{self._other} as in the {wrong} dialect",
             )
         for want in self._layout:
-            have = self._tensors.get(want.name)
+            codes = self.codes(want)
+            have = codes or self._tensors.get(want.name)
             if have is None:
                 yield Problem("missing", want.name, f"missing; expected {list(want.shape)}")
                 continue
-            if have.shape != want.shape:
-                yield Problem("shape", want.name, f"shape {list(have.shape)}, expected {list(want.shape)}")
-            elif have.dtype == CODE:
-                yield from self._code(want, swapped, owned)
+            packed = codes is not None and codes.name != want.name
+            shape = self._stated.code_shape(want.shape) if self._stated and packed else want.shape
+            if have.shape != shape:
+                yield Problem("shape", have.name, f"shape {list(have.shape)}, expected {list(shape)}")
+            elif codes is not None:
+                owned.add(codes.name)
+                yield from self._code(want, codes, swapped, owned)
             elif have.dtype not in FLOATS:
-                yield Problem("dtype", want.name, f"dtype {have.dtype}, expected {CODE} or BF16")
+                expected = self._stated.code_dtype if self._stated else _FP8
+                yield Problem("dtype", want.name, f"dtype {have.dtype}, expected {expected} or BF16")
             elif want.role in QUANTIZABLE and self._readable and not self._skips(want):
                 yield Problem(
                     "not-quantized",
                     want.name,
-                    f"{have.dtype}, but the config does not skip it: no FP8, no scale",
+                    f"{have.dtype}, but the config does not skip it: no {self._code_name}, no scale",
                 )
             if want.role in _LINEAR_KEPT and self._stated and not self._skips(want):
                 module = want.name.removesuffix(".weight")
                 yield Problem("skip-list", module, "kept unquantized, but not in the config's list of skips")
         for name in sorted(self.scales - owned):
             if not swapped:
-                yield Problem("orphan", name, "a scale whose weight is not there in FP8")
+                yield Problem("orphan", name, f"a scale whose weight is not there in {self._code_name}")
+        for name in sorted(self.shapes.keys() - owned):
+            yield Problem("orphan", name, "the shape of a weight that is not packed")
         for name, have in self._tensors.items():
-            if name not in self._by_name and name not in self.scales:
+            if name not in self._by_name and name not in self.scales | self.shapes.keys() | owned:
                 yield Problem("unknown", name, f"{have.dtype} {list(have.shape)} is no part of this model")
+
+    @property
+    def _code_name(self) -> str:
+        return self._stated.kind.upper() if self._stated else "FP8"
 
     def _skips(self, want: Expected) -> bool:
         return self._stated is None or self._stated.skips(want.name.removesuffix(".weight"))
@@ -200,16 +225,23 @@ class _Tensors:
             self._stated and self.scales and all(name.endswith("." + self._other) for name in self.scales)
         )
 
-    def _code(self, want: Expected, swapped: bool, owned: set[str]) -> Iterator[Problem]:
-        stated = self._stated
+    def _code(self, want: Expected, codes: Stored, swapped: bool, owned: set[str]) -> Iterator[Problem]:
+        stated, name = self._stated, "FP8" if codes.dtype == _FP8 else self._code_name
         if want.role not in QUANTIZABLE:
-            yield Problem("quantized", want.name, f"stored as FP8; engines keep the {want.role} as it was")
+            yield Problem("quantized", want.name, f"stored as {name}; engines keep the {want.role} as it was")
         elif self._readable and self._skips(want):
             why = "the config skips it" if stated else "config.json has no quantization_config"
-            yield Problem("skip-list", want.name, f"stored as FP8, but {why}")
+            yield Problem("skip-list", want.name, f"stored as {name}, but {why}")
+        elif stated and codes.dtype != stated.code_dtype:
+            yield Problem("dtype", want.name, f"dtype {codes.dtype}, expected {stated.code_dtype} or BF16")
         if stated is None:
             owned |= {scale_of(want.name, suffix) for suffix in SUFFIXES.values()}
             return
+        written = stated.shape_of(want.name)
+        if written is not None:
+            owned.add(written)
+            if written not in self._tensors:
+                yield Problem("missing", written, "missing; engines read the shape of a packed weight there")
         name = scale_of(want.name, self._other if swapped else stated.suffix)
         scale = self._tensors.get(name)
         if scale is None:
@@ -218,7 +250,7 @@ class _Tensors:
                 owned.add(other)
                 yield Problem("scale-name", other, f"in the {stated.dialect} dialect it is called {name}")
             else:
-                yield Problem("scale-missing", want.name, f"FP8 without its scale {name}")
+                yield Problem("scale-missing", want.name, f"{self._code_name} without its scale {name}")
             return
         owned.add(name)
         shape = scale_shape(want.shape, stated.block) if len(want.shape) == 2 else ()
@@ -250,6 +282,16 @@ def _bad_scales(files: WeightFiles, tensor: Stored) -> Iterator[Problem]:
         yield Problem("scale-value", tensor.name, f"{bad.size} scale(s) not positive and finite: {what}")
 
 
+def _other_shape(files: WeightFiles, tensor: Stored, want: Expected) -> Iterator[Problem]:
+    kind = {"I64": "<i8", "I32": "<i4"}.get(tensor.dtype)
+    if kind is None or tensor.shape != (2,):
+        yield Problem("dtype", tensor.name, f"{tensor.dtype} {list(tensor.shape)}, expected I64 [2]")
+        return
+    said = tuple(int(size) for size in files.read(tensor, 0, tensor.nbytes).view(kind))
+    if said != want.shape:
+        yield Problem("shape", tensor.name, f"says {list(said)}, the weight is {list(want.shape)}")
+
+
 def _at(index: int, tensor: Stored) -> str:
     return "[" + ", ".join(str(int(axis)) for axis in np.unravel_index(index, tensor.shape)) + "]"
 
@@ -268,7 +310,7 @@ def _refusals(found: Structure, engine: str | None) -> Iterator[Problem]:
 
 
 def _source_problems(
-    files: WeightFiles, raw: dict[str, Any], source: Path, quantized: frozenset[str], scales: set[str]
+    files: WeightFiles, raw: dict[str, Any], source: Path, quantized: frozenset[str], stored: set[str]
 ) -> Iterator[Problem]:
     theirs = read_object(source / "config.json")
     for key in _SHAPE_KEYS:
@@ -280,6 +322,8 @@ def _source_problems(
             yield Problem("source", "", f"the source itself: {text}")
         for name, want in original.tensors.items():
             have = files.tensors.get(name)
+            if have is None and name in quantized:
+                continue  # packed: under another name, its shape held against the config's
             if have is None:
                 parts = name.split(".")
                 layer = int(parts[2]) if len(parts) > 2 and parts[2].isdigit() else -1
@@ -289,5 +333,5 @@ def _source_problems(
                 yield Problem("source", name, f"shape {list(have.shape)}, in the source {list(want.shape)}")
             elif name not in quantized and have.dtype != want.dtype:
                 yield Problem("source", name, f"dtype {have.dtype}, in the source {want.dtype}")
-        extra = files.tensors.keys() - original.tensors.keys() - scales
+        extra = files.tensors.keys() - original.tensors.keys() - stored
         yield from (Problem("source", name, "not in the source") for name in sorted(extra))

@@ -1,4 +1,4 @@
-"""BF16 to FP8: headers alone say what goes where; the stream does it; the manifest seals it."""
+"""BF16 to FP8 or integers: headers alone say what goes where; the stream does it; the manifest seals it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
 from packager.checkpoint.header import TensorInfo, readable_bytes
@@ -26,13 +26,14 @@ from packager.layouts import (
     recognise,
 )
 from packager.quantize import fidelity
-from packager.quantize.dialects import Quantization, quantization_config, refuse_quantized, scale_shape
+from packager.quantize.dialects import quantization_config, refuse_quantized
 from packager.quantize.dry_run import DryRun, plan_dry_run
-from packager.quantize.fidelity import DEFAULT_MIN_SNR_DB, LEDGER_NAME, LedgerEntry
+from packager.quantize.fidelity import LEDGER_NAME, LedgerEntry
 from packager.quantize.journal import TensorJournal
 from packager.quantize.kernel import Choice, Kernel, choose_kernel
 from packager.quantize.output import OutputShards
 from packager.quantize.plot import PLOT_NAME, ledger_svg
+from packager.quantize.schemes import Scheme, scheme_of
 from packager.quantize.source_files import outline
 from packager.quantize.stream import PIECE_BYTES, SourceChanged, Stream, TensorWork, torch_dtype
 from packager.recipe import QuantizeSpec
@@ -40,6 +41,7 @@ from packager.recipe import QuantizeSpec
 STAGE = "quantize"
 _TORCH_BYTES = 400_000_000
 DEFAULT_MAX_MEMORY = 1_500_000_000
+_LISTED = 20
 _KERNEL_MEMORY = 50_000_000
 """Bytes of temporaries of a worker whose kernel runs op by op."""
 
@@ -54,6 +56,7 @@ class _Job:
     decisions: Decisions
     layout: dict[str, Expected]
     spec: QuantizeSpec
+    scheme: Scheme
     works: dict[str, TensorWork]
     shards: list[ShardPlan]
     dropped: list[Expected]
@@ -70,9 +73,9 @@ def quantize(
     workers: int | None = None,
     max_memory: int | None = None,
     kernel: Choice = "auto",
-    min_snr_db: float | None = DEFAULT_MIN_SNR_DB,
+    min_snr_db: float | Literal["default"] | None = "default",
 ) -> Manifest:
-    """Write `source` (BF16, safetensors) as 128x128 block FP8 into the sealed artifact `out`.
+    """Write `source` (BF16, FP16 or FP32, safetensors), quantized, into the sealed artifact `out`.
 
     Embeddings, output head, norms, router, `expert_bias` and biases keep their bytes. Every byte of the
     source is read once: it is hashed as it is converted. Killed at any moment and called again, it goes on
@@ -83,20 +86,22 @@ def quantize(
     Args:
         source: checkpoint directory, or `hf://org/name@revision`, read by byte ranges.
         out: new, unfinished, or already finished artifact.
-        spec: dialect, rounding of scales, shard size.
+        spec: scheme, dialect, rounding of scales, shard size, decisions on single tensors.
         recipe_digest: what the manifest records as the settings' digest.
         progress: called with a line a shard, and one every few seconds.
         workers: threads; None: one for each processor that this process may use. The output is the same.
         max_memory: bytes of resident memory that this process may take, all that it holds already included;
             None: pieces on their way are bounded by what the workers can be busy with, and nothing else is.
         kernel: `auto` uses the compiled one where the size of the source is worth its start-up.
-        min_snr_db: a weight with a lower signal-to-noise ratio fails the gate; None: no gate.
+        min_snr_db: a weight with a lower signal-to-noise ratio fails the gate: 30 dB, for INT4 15 (`Scheme`),
+            unless another bound is named; None: no gate.
 
     Raises:
         UsageProblem: `max_memory` is too little to work in.
-        BadInput: not a BailingMoeV2 checkpoint, tensors that do not fit the config, already quantized, NaN or
-            infinity in a weight (named, with its position), no room, or a target that cannot be written.
-        GateFailed: weights below `min_snr_db`; `out` stays unfinished, with its ledger.
+        BadInput: not a checkpoint of a known architecture, tensors that do not fit the config or the scheme
+            (listed), already quantized, NaN or infinity in a weight (named, with its position), no room, or a
+            target that cannot be written.
+        GateFailed: weights below the gate; `out` stays unfinished, with its ledger.
         IntegrityFailure: `source` is a sealed artifact that was altered; a hub gave other bytes.
         RemoteFailure: the hub does not give the bytes.
     """
@@ -124,9 +129,9 @@ def quantize(
             entries, hashed = _convert(job, writer, settings, progress)
         inputs = {"source": job.checkpoint.digest(hashed)}
         writer.write_bytes(LEDGER_NAME, fidelity.ledger_jsonl(entries))
-        writer.write_bytes(PLOT_NAME, ledger_svg(entries, DEFAULT_MIN_SNR_DB))
+        writer.write_bytes(PLOT_NAME, ledger_svg(entries, job.scheme.min_snr_db))
         if min_snr_db is not None:
-            fidelity.require_snr(entries, min_snr_db)
+            fidelity.require_snr(entries, job.scheme.min_snr_db if min_snr_db == "default" else min_snr_db)
         for side in job.checkpoint.side_files():
             if writer.done(side.name) is None:
                 writer.write_bytes(side.name, side.read_bytes())
@@ -149,12 +154,12 @@ def _convert(
 ) -> tuple[list[LedgerEntry], Mapping[str, str]]:
     """Write all shards. Returns the ledger in the order of the source, and SHA-256 of each source file."""
     with TensorJournal(writer.scratch, _plan_digest(job)) as journal:
-        weights = {name for name, work in job.works.items() if work.weight}
-        outputs = OutputShards(job.shards, weights, writer, journal)
+        firsts = {work.stored[0].name: name for name, work in job.works.items() if work.stored}
+        outputs = OutputShards(job.shards, firsts, writer, journal)
         try:
             for name in outputs.named:
                 progress(f"{name}: kept from an earlier run")
-            if partly := len(outputs.kept) - _tensors_in(job.shards, outputs.named, weights):
+            if partly := len(outputs.kept) - _tensors_in(job.shards, outputs.named, firsts):
                 progress(f"{partly} tensors of unfinished shards: kept from an earlier run")
             require_space(writer.path, outputs.remaining_bytes)
             kernel = _kernel(job, outputs, settings, progress)
@@ -168,9 +173,9 @@ def _convert(
         return entries, stream.hashed
 
 
-def _tensors_in(plans: list[ShardPlan], names: list[str], weights: set[str]) -> int:
+def _tensors_in(plans: list[ShardPlan], names: list[str], firsts: Mapping[str, str]) -> int:
     chosen = [plan for plan in plans if plan.name in names]
-    return sum(spec.name in weights for plan in chosen for spec in plan.tensors)
+    return sum(spec.name in firsts for plan in chosen for spec in plan.tensors)
 
 
 def _plan_digest(job: _Job) -> str:
@@ -185,13 +190,12 @@ def _kernel(
     job: _Job, outputs: OutputShards, settings: _Settings, progress: Callable[[str], None]
 ) -> Kernel | None:
     """The kernel for what is left to be quantized; None where nothing is."""
-    left = [w.info for name, w in job.works.items() if w.scale and name not in outputs.kept]
+    left = [w.info for name, w in job.works.items() if w.band and name not in outputs.kept]
     if not left:
         return None
     return choose_kernel(
         settings.kernel,
-        job.spec.scale_rounding,
-        per_row=False,
+        job.scheme,
         dtypes={torch_dtype(info) for info in left},
         nbytes=sum(info.nbytes for info in left),
         progress=progress,
@@ -225,9 +229,7 @@ def dry_run(source: str | Path, spec: QuantizeSpec) -> DryRun:
     job = _plan(source, spec)
     workers = len(os.sched_getaffinity(0))
     peak = min(DEFAULT_MAX_MEMORY, _TORCH_BYTES + workers * _KERNEL_MEMORY + 2 * _useful_memory(workers))
-    return plan_dry_run(
-        job.checkpoint.name, spec.scheme, job.checkpoint.tensors, job.layout, job.shards, peak
-    )
+    return plan_dry_run(job.checkpoint.name, spec.scheme, job.works, job.layout, job.shards, peak)
 
 
 def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
@@ -242,12 +244,12 @@ def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
         mtp=spec.mtp,
         origin=str(source),
     )
-    quantization = Quantization(spec.dialect, ())
+    scheme = scheme_of(spec)
     works = {
-        name: _work(info, decisions.layout[name], decisions.do[name], quantization)
+        name: _work(info, decisions.layout[name], decisions.do[name], scheme)
         for name, info in checkpoint.tensors.items()
     }
-    groups = [[spec for spec in (work.weight, work.scale) if spec] for work in works.values() if work.weight]
+    _require_shapes(spec, scheme, works)
     return _Job(
         checkpoint=checkpoint,
         raw_config=raw,
@@ -255,26 +257,37 @@ def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
         decisions=decisions,
         layout=decisions.layout,
         spec=spec,
+        scheme=scheme,
         works=works,
-        shards=plan_shards(groups, spec.shard_bytes),
+        shards=plan_shards((work.stored for work in works.values() if work.stored), spec.shard_bytes),
         dropped=decisions.those(Do.DROP),
     )
 
 
-def _work(info: TensorInfo, want: Expected, do: Do, quantization: Quantization) -> TensorWork:
+def _work(info: TensorInfo, want: Expected, do: Do, scheme: Scheme) -> TensorWork:
     if do is Do.DROP:
-        return TensorWork(info, str(want.role), None, None)
+        return TensorWork(info, str(want.role), ())
     if do is Do.KEEP:
-        return TensorWork(info, str(want.role), TensorSpec(info.name, info.dtype, info.shape), None)
-    if info.count % 8:
-        # Engines map the file into memory: after an odd number of FP8 bytes nothing else would be aligned.
-        raise BadInput(f"{info.name} {list(info.shape)}: block FP8 needs a multiple of 8 elements")
-    return TensorWork(
-        info,
-        str(want.role),
-        TensorSpec(info.name, "F8_E4M3", info.shape),
-        TensorSpec(quantization.scale_of(info.name), "F32", scale_shape(info.shape)),
-    )
+        return TensorWork(info, str(want.role), (TensorSpec(info.name, info.dtype, info.shape),))
+    stored, constants = scheme.stored(want), scheme.constants(info.shape)
+    return TensorWork(info, str(want.role), stored, scheme.rows, constants)
+
+
+def _require_shapes(spec: QuantizeSpec, scheme: Scheme, works: Mapping[str, TensorWork]) -> None:
+    """Raise BadInput, naming every weight that the scheme cannot store."""
+    infos = [work.info for work in works.values() if work.band]
+    lines = [
+        f"  {info.name} {list(info.shape)}: {spec.scheme} needs {why}"
+        for info in infos
+        if (why := scheme.objection(info.shape))
+    ]
+    if lines:
+        shown = lines[:_LISTED] + ([f"  … and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])
+        raise BadInput(
+            f"{len(lines)} weights do not fit the scheme:\n" + "\n".join(shown),
+            "Keep them as they are with a rule (--rule 'NAME=keep', quantize.rules in a recipe), together "
+            "with what engines join to them, or choose another scheme.",
+        )
 
 
 def require_space(directory: Path, needed: int) -> None:
@@ -294,7 +307,8 @@ def _output_config(job: _Job) -> dict[str, Any]:
     if prediction.found or config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = prediction.written
     quantized = {want.name for want in job.decisions.those(Do.QUANTIZE)}
-    config["quantization_config"] = quantization_config(job.spec.dialect, job.decisions.written, quantized)
+    stated = job.scheme.quantization
+    config["quantization_config"] = quantization_config(stated, job.decisions.written, quantized)
     return config
 
 
@@ -313,7 +327,7 @@ def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
         },
         "tensors": {
             "quantized": len(ledger),
-            "kept": len(written) - 2 * len(ledger),
+            "kept": sum(bool(work.stored and not work.band) for work in job.works.values()),
             "left_out": len(job.dropped),
         },
         "bytes": {"source": job.checkpoint.nbytes, "written": sum(spec.nbytes for spec in written)},

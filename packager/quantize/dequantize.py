@@ -23,8 +23,8 @@ class DequantizeSpec(Spec):
 def dequantize(source: Path, out: Path) -> Manifest:
     """Write the quantized checkpoint `source` with BF16 weights and no `quantization_config`.
 
-    Reads block FP8 in both dialects, FP8 with a scale a row, and INT4 of compressed-tensors. Shards keep
-    their names and the order of their weights. The BF16 values are code x scale, rounded once; with
+    Reads block FP8 in both dialects, FP8 with a scale a row, and INT4 and INT8 of compressed-tensors. Shards
+    keep their names and the order of their weights. The BF16 values are code x scale, rounded once; with
     power-of-two scales they are exact. What was not quantized keeps its bytes. Memory: some rows of one
     weight, and its scales.
 

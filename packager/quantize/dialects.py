@@ -1,9 +1,9 @@
 """How checkpoints name quantized weights: the `quantization_config`, and what it means for the layout.
 
-Written here: block FP8 in two dialects of the same bytes. compressed-tensors: the fields of
-`compressed_tensors.quantization` (preset FP8_BLOCK). DeepSeek style: the config of DeepSeek-V3, read by
-vLLM's `quantization/fp8.py`, which compares skipped module names exactly. Read as well, to dequantize them:
-compressed-tensors FP8 with a scale a row, and INT4 packed into int32.
+Written here: block FP8 in two dialects of the same bytes, all else in compressed-tensors alone. The fields
+are those of `compressed_tensors.quantization` and its presets FP8_BLOCK, FP8_DYNAMIC, W4A16 and W8A8.
+DeepSeek style: the config of DeepSeek-V3, read by vLLM's `quantization/fp8.py`, which compares skipped module
+names exactly. Read as well, to dequantize it: INT4 with other groups, or with zero points.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from packager.layouts import NEVER_QUANTIZED, QUANTIZABLE, Expected, Role
 
 Dialect = Literal["compressed-tensors", "deepseek"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
-Scheme = Literal["fp8-block", "fp8-channel", "int4"]
+Storage = Literal["fp8-block", "fp8-channel", "int4", "w8a8"]
 
 BLOCK = 128
 """Rows and columns that share a weight scale; also the group of dynamic activation scales."""
@@ -38,7 +38,7 @@ class Quantization:
     dialect: Dialect
     skipped: tuple[str, ...]
     """Modules left alone: exact names, or patterns that begin with `re:`."""
-    scheme: Scheme = "fp8-block"
+    scheme: Storage = "fp8-block"
     group: int = 0
     """INT4: columns that share a scale; 0: the whole row."""
     symmetric: bool = True
@@ -68,7 +68,10 @@ class Quantization:
         return want.role in QUANTIZABLE and not self.skips(_module(want))
 
     def stored(self, want: Expected) -> list[Expected]:
-        """The tensors that hold a quantized weight [N, K]: codes first, then scales and the like."""
+        """The tensors that hold a quantized weight [N, K]: codes first, then scales and the like.
+
+        Of several dtypes that are read, the first is the one written here.
+        """
         rows, columns = want.shape
 
         def part(name: str, shape: tuple[int, ...], *dtypes: str) -> Expected:
@@ -77,7 +80,7 @@ class Quantization:
         scale = self.scale_of(want.name)
         if self.scheme == "fp8-block":
             parts = [part(scale, scale_shape(want.shape), "F32", "BF16")]
-        elif self.scheme == "fp8-channel":
+        elif self.scheme in ("fp8-channel", "w8a8"):
             parts = [part(scale, (rows, 1), *_FLOAT_SCALES)]
         else:
             groups = -(-columns // self.group) if self.group else 1
@@ -86,13 +89,13 @@ class Quantization:
             )
             parts = [
                 codes,
-                part(scale, (rows, groups), *_FLOAT_SCALES),
+                part(scale, (rows, groups), "BF16", "F16", "F32"),
                 part(f"{want.name}_shape", (2,), "I64", "I32"),
             ]
             if not self.symmetric:
                 parts.append(part(f"{want.name}_zero_point", (-(-rows // 8), groups), "I32"))
             return parts
-        return [replace(want, dtypes=("F8_E4M3",)), *parts]
+        return [replace(want, dtypes=("I8" if self.scheme == "w8a8" else "F8_E4M3",)), *parts]
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -102,10 +105,10 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def quantization_config(
-    dialect: Dialect, layout: Collection[Expected], quantized: Container[str]
+    stated: Quantization, layout: Collection[Expected], quantized: Container[str]
 ) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint that holds `layout`, the weights `quantized` in block FP8."""
-    if dialect == "deepseek":
+    """The `quantization_config` of a checkpoint that holds `layout`, the weights `quantized` as `stated`."""
+    if stated.dialect == "deepseek":
         return {
             "quant_method": "fp8",
             "activation_scheme": "dynamic",
@@ -113,31 +116,34 @@ def quantization_config(
             "weight_block_size": [BLOCK, BLOCK],
             "modules_to_not_convert": [_module(want) for want in _kept(layout, quantized)],
         }
-    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    form, weights, activations = _group(stated)
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}}
+    if activations:
+        group["input_activations"] = {**activations, "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        "format": form,
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {
-                    **common,
-                    "strategy": "block",
-                    "block_structure": [BLOCK, BLOCK],
-                    "dynamic": False,
-                },
-                "input_activations": {
-                    **common,
-                    "strategy": "group",
-                    "group_size": BLOCK,
-                    "dynamic": True,
-                },
-            }
-        },
+        "config_groups": {"group_0": group},
         "ignore": _ignored(layout, quantized),
         "kv_cache_scheme": None,
     }
+
+
+def _group(stated: Quantization) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Format, arguments of weights and of activations; empty where these are not quantized."""
+    fp8: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
+    integer: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True}
+    row, token = {"strategy": "channel"}, {"strategy": "token"}
+    if stated.scheme == "fp8-block":
+        block = {"strategy": "block", "block_structure": [BLOCK, BLOCK]}
+        return "float-quantized", {**fp8, **block}, {**fp8, "strategy": "group", "group_size": BLOCK}
+    if stated.scheme == "fp8-channel":
+        return "float-quantized", {**fp8, **row}, {**fp8, **token}
+    if stated.scheme == "w8a8":
+        return "int-quantized", {**integer, **row}, {**integer, **token}
+    columns = {"strategy": "group", "group_size": stated.group} if stated.group else row
+    return "pack-quantized", {**integer, "num_bits": 4, "symmetric": stated.symmetric, **columns}, {}
 
 
 def _module(want: Expected) -> str:
@@ -227,7 +233,10 @@ def _read_compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
         return Quantization("compressed-tensors", skipped)
     if not static and kind == ("float", 8, "channel"):
         return Quantization("compressed-tensors", skipped, "fp8-channel")
-    packed = "pack-quantized" in (raw.get("format"), group.get("format"))
+    formats, symmetric = (raw.get("format"), group.get("format")), weights.get("symmetric") is not False
+    if not static and kind == ("int", 8, "channel") and symmetric and "int-quantized" in formats:
+        return Quantization("compressed-tensors", skipped, "w8a8")
+    packed = "pack-quantized" in formats
     columns = weights.get("group_size") if strategy == "group" else 0
     sorted_columns = weights.get("actorder") in ("group", "dynamic")
     if (
@@ -239,9 +248,7 @@ def _read_compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
         and (columns > 0 or strategy == "channel")
         and not sorted_columns
     ):
-        return Quantization(
-            "compressed-tensors", skipped, "int4", columns, weights.get("symmetric") is not False
-        )
+        return Quantization("compressed-tensors", skipped, "int4", columns, symmetric)
     details = [f"format {group.get('format') or raw.get('format')}"]
     details += ["static activation scales"] if static else []
     details += ["columns reordered by activation"] if sorted_columns else []
@@ -268,8 +275,8 @@ def _names(raw: Any) -> tuple[str, ...]:
 def _unsupported(what: str) -> BadInput:
     return BadInput(
         f"this quantization is not read here: {what}",
-        "Start from the BF16 checkpoint, from FP8 with a scale a 128x128 block or a row, or from INT4 of "
-        "compressed-tensors.",
+        "Start from the BF16 checkpoint, from FP8 with a scale a 128x128 block or a row, or from INT4 or "
+        "INT8 of compressed-tensors.",
     )
 
 
@@ -301,8 +308,9 @@ def refuse_quantized(raw: Mapping[str, Any], found: Iterable[TensorInfo], origin
 
 
 def _looks_quantized(info: TensorInfo) -> bool:
-    """8-bit floats, or packed codes: gpt-oss calls them `_blocks`, compressed-tensors `weight_packed`."""
-    return info.dtype.startswith("F8_") or info.name.endswith((".weight_packed", "_blocks", ".qweight"))
+    """8-bit numbers, or packed codes: gpt-oss calls them `_blocks`, compressed-tensors `weight_packed`."""
+    packed = (".weight_packed", "_blocks", ".qweight")
+    return info.dtype.startswith(("F8_", "I8")) or info.name.endswith(packed)
 
 
 def quantized_layout(layout: Iterable[Expected], quantization: Quantization) -> list[Expected]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from packager.bailing.layout import Expected
-from packager.checkpoint.header import TensorInfo
-from packager.checkpoint.writer import ShardPlan, TensorSpec
+from packager.checkpoint.writer import ShardPlan
+from packager.layouts import Expected
+from packager.quantize.stream import TensorWork
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class RolePlan:
     decision: str
     """`quantize`, `keep` or `drop`."""
     stored_as: str
-    """Dtype in the output; with `+ F32` where a scale goes with it."""
+    """Dtype in the output; of all tensors that it becomes, with ` + ` between them."""
     tensors: int
     parameters: int
     source_bytes: int
@@ -46,7 +46,7 @@ class DryRun:
 def plan_dry_run(
     source: str,
     scheme: str,
-    tensors: Mapping[str, TensorInfo],
+    works: Mapping[str, TensorWork],
     layout: Mapping[str, Expected],
     shards: Sequence[ShardPlan],
     peak_memory_bytes: int,
@@ -54,22 +54,17 @@ def plan_dry_run(
     """Sum up a plan.
 
     Args:
-        tensors: of the source.
-        layout: what each of them is.
-        shards: of the output; a weight that is in none is dropped, a tensor that is not in the source is the
-            scale of the one before it.
+        works: what becomes of each tensor of the source.
+        layout: what each of them is, in model order.
+        shards: of the output.
     """
-    written: dict[str, list[TensorSpec]] = {}
-    for group in _groups((spec for plan in shards for spec in plan.tensors), tensors):
-        written[group[0].name] = group
     rows: dict[tuple[str, str, str], list[int]] = {}
-    for name, info in tensors.items():
-        group = written.get(name, [])
-        stored = " + ".join(spec.dtype for spec in group)
-        decision = "drop" if not group else "keep" if stored == info.dtype else "quantize"
-        sums = rows.setdefault((str(layout[name].role), decision, stored), [0, 0, 0, 0])
-        output = sum(spec.nbytes for spec in group)
-        for at, value in enumerate((1, info.count, info.nbytes, output)):
+    for work in works.values():
+        stored = " + ".join(spec.dtype for spec in work.stored)
+        decision = "quantize" if work.band else "keep" if work.stored else "drop"
+        sums = rows.setdefault((work.role, decision, stored), [0, 0, 0, 0])
+        output = sum(spec.nbytes for spec in work.stored)
+        for at, value in enumerate((1, work.info.count, work.info.nbytes, output)):
             sums[at] += value
     order = {str(want.role): at for at, want in reversed(list(enumerate(layout.values())))}
     roles = tuple(RolePlan(*key, *rows[key]) for key in sorted(rows, key=lambda key: (order[key[0]], key)))
@@ -82,13 +77,3 @@ def plan_dry_run(
         output_bytes=sum(row.output_bytes for row in roles) + sum(len(plan.header) for plan in shards),
         peak_memory_bytes=peak_memory_bytes,
     )
-
-
-def _groups(specs: Iterable[TensorSpec], tensors: Mapping[str, TensorInfo]) -> list[list[TensorSpec]]:
-    """Each tensor of the source with the scales written right after it."""
-    groups: list[list[TensorSpec]] = []
-    for spec in specs:
-        if spec.name in tensors or not groups:
-            groups.append([])
-        groups[-1].append(spec)
-    return groups

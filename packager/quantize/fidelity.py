@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEDGER_NAME = "fidelity.jsonl"
-DEFAULT_MIN_SNR_DB = 30.0
-"""FP8 rounding of bell-shaped weights gives about 31.5 dB; a weight below 30 has been treated badly."""
 
 
 def decibels(signal: float, error: float) -> float | None:
@@ -41,7 +39,7 @@ class Figures:
     max_relative_error: float
     """Largest |w' - w| of a block over the largest |w| of that block."""
     saturated: int
-    """Weights beyond the largest code after scaling, hence clamped."""
+    """FP8: weights beyond the largest code after scaling, hence clamped. Integers: codes at either end."""
     zero_blocks: int
     """Blocks without a weight other than zero; their scale is 1."""
     scale_min: float

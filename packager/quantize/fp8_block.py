@@ -7,46 +7,30 @@ DeepGEMM, which allows no other scales, keeps the bytes as they are. A block is 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from packager.quantize.dialects import BLOCK
-from packager.quantize.fidelity import Figures
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
-Rounding = Literal["float32", "power-of-two"]
 Quantized = tuple["torch.Tensor", ...]
 """Codes (float8_e4m3fn, shape of the input), and for each block, in float32: scale, largest |w|, sums of
-w**2, (w' - w)**2 and w * (w' - w), largest |w' - w|, number of clamped weights."""
+w**2, (w' - w)**2 and w * (w' - w), largest |w' - w|, number of saturated weights (here: clamped ones)."""
 
 E4M3_MAX = 448.0
-_SMALLEST = 2.0**-126
+SMALLEST_SCALE = 2.0**-126
 """Smallest normal float32: a scale below it would lose bits itself."""
-
-
-@dataclass(frozen=True)
-class QuantizedSlab:
-    """Rows of a weight after quantization."""
-
-    codes: torch.Tensor
-    """float8_e4m3fn [rows, columns]."""
-    scales: torch.Tensor
-    """float32 [ceil(rows/128), ceil(columns/128)], or [rows, 1] with one scale a row."""
-    figures: Figures
 
 
 def block_scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     """Scales (float32) for the largest absolute values of blocks; an all-zero block gets 1."""
     import torch
 
-    scales = (amax / E4M3_MAX).clamp(min=_SMALLEST)
+    scales = (amax / E4M3_MAX).clamp(min=SMALLEST_SCALE)
     if power_of_two:
         # The next power of two at or above: carry any set mantissa bit into the exponent, clear the mantissa.
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
@@ -86,45 +70,6 @@ def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
         error.abs().amax(dim=(1, 3)),
         clamped,
     )
-
-
-def quantize_slab(
-    rows: torch.Tensor,
-    rounding: Rounding,
-    *,
-    per_row: bool = False,
-    blocks_of: Callable[[torch.Tensor, bool], Quantized] = quantize_blocks,
-) -> QuantizedSlab | None:
-    """Quantize rows [R, K] of any float dtype; R counts from a block's first row.
-
-    Args:
-        rows: the weights.
-        rounding: of the scales.
-        per_row: one scale a row instead of one a 128x128 block.
-        blocks_of: `quantize_blocks` or a compiled form of it.
-
-    Returns:
-        None if a value is not finite.
-    """
-    import torch
-
-    count, width = rows.shape
-    if per_row:
-        blocks = rows.view(count, 1, 1, width)
-    else:
-        pad = (-width % BLOCK, -count % BLOCK)
-        if any(pad):
-            rows = torch.nn.functional.pad(rows, (0, pad[0], 0, pad[1]))
-        blocks = rows.view(rows.shape[0] // BLOCK, BLOCK, rows.shape[1] // BLOCK, BLOCK)
-    codes, scales, amax, *sums = blocks_of(blocks, rounding == "power-of-two")
-    largest = amax.numpy()
-    if not math.isfinite(float(largest.max())):  # the maximum of anything and NaN is NaN
-        return None
-    figures = Figures.of_blocks(scales.numpy(), largest, *(part.numpy() for part in sums))
-    codes = codes.view(rows.shape)
-    if codes.shape != (count, width):
-        codes = codes[:count, :width].contiguous()
-    return QuantizedSlab(codes, scales, figures)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The kernel that runs: `quantize_blocks` fused by Inductor into one pass over the weights, or op by op.
+"""The kernel that runs: a scheme's arithmetic fused by Inductor into one pass over the weights, or op by op.
 
 Compiling takes half a minute, loading what was compiled a few seconds, so each pays only from some size on. A
 compiled kernel is checked against the definition before it is trusted with a tensor.
@@ -6,7 +6,9 @@ compiled kernel is checked against the definition before it is trusted with a te
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from packager.quantize import fp8_block
+from packager.quantize import fp8_block, integers
 from packager.quantize.dialects import BLOCK
-from packager.quantize.fp8_block import Quantized, QuantizedSlab, Rounding, quantize_blocks, quantize_slab
+from packager.quantize.fp8_block import Quantized
+from packager.quantize.schemes import Arithmetic, Scheme, Slab
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +33,6 @@ _EAGER_SLAB = 1 << 18
 _COMPILED_SLAB = 1 << 20
 """Elements quantized at once: op by op the temporaries must stay in a core's cache; fused there are none."""
 
-CompiledForm = Callable[["torch.Tensor", bool], Quantized]
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -39,21 +40,21 @@ class Kernel:
 
     title: str
     """What runs, for people."""
-    rounding: Rounding
-    per_row: bool
-    blocks_of: CompiledForm
+    scheme: Scheme
+    arithmetic: Arithmetic
+    """That of the scheme, or a compiled form of it."""
     slab_elements: int
 
-    def __call__(self, rows: torch.Tensor) -> list[QuantizedSlab] | None:
+    def __call__(self, rows: torch.Tensor) -> list[Slab] | None:
         """Quantize rows [R, K] that begin with a block's first row, slab by slab.
 
         Returns None if a value is not finite.
         """
-        step = max(self.slab_elements // max(rows.shape[1], 1) // BLOCK, 1) * BLOCK
-        slabs: list[QuantizedSlab] = []
+        band = self.scheme.rows
+        step = max(self.slab_elements // max(rows.shape[1], 1) // band, 1) * band
+        slabs: list[Slab] = []
         for first in range(0, rows.shape[0], step):
-            part = rows[first : first + step]
-            slab = quantize_slab(part, self.rounding, per_row=self.per_row, blocks_of=self.blocks_of)
+            slab = self.scheme.slab(rows[first : first + step], self.arithmetic)
             if slab is None:
                 return None
             slabs.append(slab)
@@ -62,9 +63,8 @@ class Kernel:
 
 def choose_kernel(
     choice: Choice,
-    rounding: Rounding,
+    scheme: Scheme,
     *,
-    per_row: bool,
     dtypes: Iterable[torch.dtype],
     nbytes: int,
     progress: Callable[[str], None],
@@ -78,12 +78,12 @@ def choose_kernel(
     """
     import torch
 
-    eager = Kernel("eager PyTorch, op by op", rounding, per_row, quantize_blocks, _EAGER_SLAB)
+    eager = Kernel("eager PyTorch, op by op", scheme, scheme.arithmetic, _EAGER_SLAB)
     wanted = sorted(dtypes, key=str)
     if not wanted:
         return eager
     cache = _cache_directory()
-    stamps = [_stamp(cache, rounding, per_row, dtype) for dtype in wanted]
+    stamps = [_stamp(cache, scheme, dtype) for dtype in wanted]
     known = all(stamp.is_file() for stamp in stamps)
     if choice == "eager" or (choice == "auto" and nbytes < (_WORTH_LOADING if known else _WORTH_COMPILING)):
         progress(f"kernel: {eager.title}")
@@ -93,19 +93,19 @@ def choose_kernel(
     try:
         # On a thread like the workers': the number of torch's threads is built into the kernel.
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
-            compiled = thread.submit(_compile, rounding, per_row, wanted, cache).result()
+            compiled = thread.submit(_compile, scheme, wanted, cache).result()
     except Exception as err:  # whatever is wrong with a compiler: the definition itself still runs
         reason = (str(err).strip() or type(err).__name__).splitlines()[0]
         progress(f"kernel: {eager.title} (no compiled one: {reason})")
         return eager
     for stamp in stamps:
         stamp.touch()
-    kernel = Kernel("compiled by Inductor", rounding, per_row, compiled, _COMPILED_SLAB)
+    kernel = Kernel("compiled by Inductor", scheme, compiled, _COMPILED_SLAB)
     progress(f"kernel: {kernel.title}")
     return kernel
 
 
-def _compile(rounding: Rounding, per_row: bool, dtypes: Iterable[torch.dtype], cache: Path) -> CompiledForm:
+def _compile(scheme: Scheme, dtypes: Iterable[torch.dtype], cache: Path) -> Arithmetic:
     """Compile, or load from the cache, and compare with the definition. Raises whatever goes wrong."""
     if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
         raise RuntimeError("no C++ compiler found")
@@ -116,18 +116,18 @@ def _compile(rounding: Rounding, per_row: bool, dtypes: Iterable[torch.dtype], c
 
     # With a C++ wrapper the kernel runs without the interpreter's lock: workers convert side by side. Each
     # worker is one thread, so the code itself needs none.
-    fused: CompiledForm = torch.compile(
-        quantize_blocks,
+    fused: Arithmetic = torch.compile(
+        scheme.arithmetic,
         dynamic=True,
         fullgraph=True,
         options={"cpp_wrapper": True, "cpp.threads": 1},
     )
 
-    def blocks_of(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
+    def compiled(blocks: torch.Tensor) -> Quantized:
         # Inductor would make a kernel of its own for each size that is 1; such slabs are rare and small.
-        if blocks.shape[0] == 1 or (not per_row and blocks.shape[2] == 1):
-            return quantize_blocks(blocks, power_of_two)
-        return fused(blocks, power_of_two)
+        if blocks.shape[0] == 1 or (scheme.columns is not None and blocks.shape[2] == 1):
+            return scheme.arithmetic(blocks)
+        return fused(blocks)
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -136,14 +136,13 @@ def _compile(rounding: Rounding, per_row: bool, dtypes: Iterable[torch.dtype], c
                 values = torch.randn(rows, columns, generator=generator)
                 values[:BLOCK] *= torch.logspace(-9, 2, columns)
                 sample = (values * 0.02).to(dtype)
-                found = quantize_slab(sample, rounding, per_row=per_row, blocks_of=blocks_of)
-                wanted = quantize_slab(sample, rounding, per_row=per_row)
+                found, wanted = scheme.slab(sample, compiled), scheme.slab(sample)
                 if found is None or wanted is None or not _same(found, wanted):
                     raise RuntimeError("its codes are not those of the definition")
-    return blocks_of
+    return compiled
 
 
-def _same(one: QuantizedSlab, other: QuantizedSlab) -> bool:
+def _same(one: Slab, other: Slab) -> bool:
     import torch
 
     codes = torch.equal(one.codes.view(torch.uint8), other.codes.view(torch.uint8))
@@ -158,14 +157,13 @@ def _cache_directory() -> Path:
     return Path(base) / "moe-packager" / "inductor"
 
 
-def _stamp(cache: Path, rounding: Rounding, per_row: bool, dtype: torch.dtype) -> Path:
+def _stamp(cache: Path, scheme: Scheme, dtype: torch.dtype) -> Path:
     """A file that is there once this kernel has been compiled: whether to expect seconds or a minute."""
     import hashlib
 
     import torch
 
-    definition = hashlib.sha256(Path(fp8_block.__file__).read_bytes()).hexdigest()[:12]
-    name = f"{torch.__version__}-{definition}-{rounding}-{'row' if per_row else 'block'}-{dtype}".replace(
-        "/", "_"
-    )
+    definition = b"".join(inspect.getsource(module).encode() for module in (fp8_block, integers))
+    parts = torch.__version__, hashlib.sha256(definition).hexdigest()[:12], scheme.name, dtype
+    name = re.sub(r"[^\w.+]+", "-", "-".join(map(str, parts)))
     return cache / f"packager-{name}.compiled"

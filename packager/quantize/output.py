@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,11 @@ class Place:
 
     shard: str
     begin: int
-    """Offset of the weight in the file."""
-    scale_begin: int
-    """Offset of its scale, which follows at once; the end of the weight where it has none."""
+    """Offset of the tensor in the file, or of its codes."""
+    rest_begin: int
+    """Offset of what follows them at once, scales and the like; the same as `end` where nothing does."""
     end: int
-    """Offset after both."""
+    """Offset after all of it."""
     last: bool
     """Whether the shard ends here."""
 
@@ -69,15 +69,15 @@ class OutputShards:
     def __init__(
         self,
         plans: Sequence[ShardPlan],
-        weights: Container[str],
+        firsts: Mapping[str, str],
         writer: ArtifactWriter,
         journal: TensorJournal,
     ) -> None:
         """Find out how far an earlier run came.
 
         Args:
-            plans: the shards; a tensor that is not in `weights` is the scale of the one before it.
-            weights: names of the tensors that stand for themselves.
+            plans: the shards; a tensor that is not in `firsts` belongs to the one before it.
+            firsts: name of the first tensor that each of the source's becomes -> its name there.
             writer: open; takes the finished shards.
             journal: which tensors are finished.
         """
@@ -92,22 +92,22 @@ class OutputShards:
         self.unnamed: list[str] = []
         """Shards that lack nothing but their name."""
         for plan in plans:
-            self._look_at(plan, self._place(plan, weights))
+            self._look_at(plan, self._place(plan, firsts))
 
-    def _place(self, plan: ShardPlan, weights: Container[str]) -> list[str]:
+    def _place(self, plan: ShardPlan, firsts: Mapping[str, str]) -> list[str]:
         position = len(plan.header)
         groups: list[list[TensorSpec]] = []
         for spec in plan.tensors:
-            if spec.name in weights:
+            if spec.name in firsts:
                 groups.append([])
             groups[-1].append(spec)
-        for weight, *scale in groups:
-            middle = position + weight.nbytes
-            end = middle + sum(spec.nbytes for spec in scale)
-            last = weight is groups[-1][0]
-            self.places[weight.name] = Place(plan.name, position, middle, end, last)
+        for first, *rest in groups:
+            middle = position + first.nbytes
+            end = middle + sum(spec.nbytes for spec in rest)
+            last = first is groups[-1][0]
+            self.places[firsts[first.name]] = Place(plan.name, position, middle, end, last)
             position = end
-        return [weight.name for weight, *_ in groups]
+        return [firsts[first.name] for first, *_ in groups]
 
     def _look_at(self, plan: ShardPlan, names: list[str]) -> None:
         done = self._journal.tensors

@@ -170,8 +170,8 @@ def _dequantized(
     if scheme.scheme == "int4":
         zeros = None if zero_points is None else zero_points[first // 8 : -(-last // 8)]
         return dequantize_int4(data, scales[first:last], zeros, columns, scheme.group)
-    codes = data.view(ml_dtypes.float8_e4m3fn)
-    if scheme.scheme == "fp8-channel":
+    codes = data.view(np.int8 if scheme.scheme == "w8a8" else ml_dtypes.float8_e4m3fn)
+    if scheme.scheme != "fp8-block":
         values: NDArray[np.float32] = codes.astype(np.float32)
         values *= scales[first:last].astype(np.float32)
         return values

@@ -10,7 +10,7 @@ from packager.checkpoint.source import CONFIG_NAME, INDEX_NAME, TensorReader
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, carry_over, write_index
 from packager.errors import BadInput, UsageProblem
 from packager.quantize.convert import require_space
-from packager.quantize.dialects import SCALE_SUFFIX, Dialect, quantization_config
+from packager.quantize.dialects import SCALE_SUFFIX, Dialect, Quantization, quantization_config
 from packager.quantize.quantized import WeightCheckpoint
 from packager.recipe import Spec
 
@@ -71,7 +71,9 @@ def relabel(source: Path, out: Path, dialect: Dialect) -> Manifest:
         if (checkpoint.path / INDEX_NAME).is_file():
             write_index(writer, plans)
         config = dict(opened.raw_config)
-        config["quantization_config"] = quantization_config(dialect, opened.layout, opened.quantized)
+        config["quantization_config"] = quantization_config(
+            Quantization(dialect, ()), opened.layout, opened.quantized
+        )
         writer.write_json(CONFIG_NAME, config)
         return writer.seal({"dialect": dialect, "data_sha256": digests})
 

@@ -1,11 +1,12 @@
 """The conversion stream: reads, conversion, hashing and writes overlap, in memory that does not grow.
 
-The source is cut, in the order of its bytes, into *pieces* of a few megabytes: whole rows of blocks of a
-weight that is quantized, any bytes of one that is kept. Worker threads take pieces in that order, read and
-convert them and write the result to its place in the output shard; pieces overtake one another here. Two
-chains then follow in strict order, each on whichever worker is free: the SHA-256 of the source files, and
-that of the output shards. When both have passed the last piece of a tensor, the tensor is finished and goes
-into the journal; when a shard's last tensor is finished, the calling thread gives the shard its name.
+The source is cut, in the order of its bytes, into *pieces* of a few megabytes: of a weight that is quantized,
+rows that share no scale with others; of one that is kept, any bytes. Worker threads take pieces in that
+order, read and convert them and write the result to its place in the output shard; pieces overtake one
+another here. Two chains then follow in strict order, each on whichever worker is free: the SHA-256 of the
+source files, and that of the output shards. When both have passed the last piece of a tensor, the tensor is
+finished and goes into the journal; when a shard's last tensor is finished, the calling thread gives the shard
+its name.
 
 How the source is cut depends on shapes alone, so the number of workers, the memory they may use and an
 interruption leave no trace in the output. torch, hashlib, reads and writes release the interpreter's lock;
@@ -26,7 +27,6 @@ from packager.checkpoint.header import TensorInfo, readable_bytes
 from packager.checkpoint.source import Checkpoint, TensorReader
 from packager.checkpoint.writer import TensorSpec
 from packager.errors import BadInput, IntegrityFailure
-from packager.quantize.dialects import BLOCK
 from packager.quantize.fidelity import Figures, LedgerEntry
 from packager.quantize.journal import FinishedFile, FinishedTensor, TensorJournal
 from packager.quantize.kernel import Kernel
@@ -54,10 +54,13 @@ class TensorWork:
 
     info: TensorInfo
     role: str
-    weight: TensorSpec | None
-    """As written; None: it is left out."""
-    scale: TensorSpec | None
-    """Follows the weight; None: the weight keeps its bytes."""
+    stored: tuple[TensorSpec, ...]
+    """The tensors it becomes, in the order of their data: itself, or codes, scales and the like. Empty: it
+    is left out."""
+    band: int = 0
+    """Rows that are quantized together; 0: the tensor keeps its bytes."""
+    constants: bytes = b""
+    """Data of what is stored after the scales."""
 
 
 @dataclass
@@ -298,13 +301,13 @@ class Stream:
         data = reader.bytes(info, piece.begin, piece.end)
         if piece.place:
             shard = self._outputs.opened(piece.place.shard)
-            if piece.work.scale is None:
+            if not piece.work.band:
                 refuse_nonfinite(info, data, piece.begin)
                 piece.output = [data.data]
                 position = piece.place.begin + piece.begin
             else:
                 self._quantize(piece, piece.work, data)
-                position = piece.place.begin + piece.begin // (info.nbytes // info.count)
+                position = piece.place.begin + piece.begin * piece.work.stored[0].nbytes // info.nbytes
             for part in piece.output:
                 shard.write(part, position)
                 position += part.nbytes
@@ -321,7 +324,7 @@ class Stream:
             refuse_nonfinite(work.info, data, piece.begin)
             raise RuntimeError(f"{work.info.name}: overflow in float32")
         piece.output = [slab.codes.view(torch.uint8).numpy().data for slab in slabs]
-        piece.scales = [slab.scales.numpy().data for slab in slabs]
+        piece.scales = [slab.scales.view(torch.uint8).numpy().data for slab in slabs]
         piece.figures = [slab.figures for slab in slabs]
 
     def _pass_source(self, piece: _Piece) -> None:
@@ -347,11 +350,11 @@ class Stream:
         if not piece.ends_tensor:
             return
         assert piece.work is not None
-        position = piece.place.scale_begin
-        for scale in self._scales:
-            shard.write(scale, position)
-            shard.sha.update(scale)
-            position += scale.nbytes
+        position = piece.place.rest_begin
+        for part in (*self._scales, memoryview(piece.work.constants)):
+            shard.write(part, position)
+            shard.sha.update(part)
+            position += part.nbytes
         if self._figures:
             info = piece.work.info
             total = Figures.total(self._figures)
@@ -399,10 +402,10 @@ class Stream:
 
 
 def _piece_bytes(work: TensorWork) -> int:
-    """Bytes of a piece of this tensor: rows of whole blocks where it is quantized."""
-    if work.scale is None:
+    """Bytes of a piece of this tensor: whole bands of rows where it is quantized."""
+    if not work.band:
         return PIECE_BYTES
-    band = work.info.nbytes // work.info.shape[0] * BLOCK
+    band = work.info.nbytes // work.info.shape[0] * work.band
     return max(PIECE_BYTES // band, 1) * band
 
 

@@ -25,6 +25,8 @@ class Card(BaseModel):
     bandwidth_tb_s: float
     bf16_tflops: float
     fp8_tflops: float
+    int8_tflops: float
+    """10**12 operations a second, as the others."""
 
 
 class EngineShare(BaseModel):

@@ -21,7 +21,9 @@ from packager.checkpoint.source import read_json_object
 from packager.errors import BadInput, UsageProblem
 from packager.serving.hardware import GB, Hardware, hardware_file
 
-Precision = Literal["fp8", "bf16"]
+Precision = Literal["fp8", "fp8-channel", "int4", "int8", "bf16"]
+"""Of quantized weights and their products. fp8: a scale for each 128x128 weights; fp8-channel and int8: one a
+row; int4: one for each 128 columns of a row, multiplied in BF16."""
 BLOCK = 128
 COUNTS = (1, 2, 4, 8)
 """Numbers of cards that are tried, as machines have them."""
@@ -96,17 +98,16 @@ def model_bytes(
     sizes = {"all": 0, "embedding": 0, "experts": 0}
     for tensor, times in model_of(config).kinds():
         each = tensor.count * (4 if tensor.role is Role.EXPERT_BIAS else 2)
-        if precision == "fp8" and tensor.role in QUANTIZABLE:
-            rows, columns = tensor.shape
-            each = tensor.count + 4 * ceil(rows / BLOCK) * ceil(columns / BLOCK)
+        if tensor.role in QUANTIZABLE:
+            each = _matrix_bytes(tensor.shape, precision)
         size = times * each
         sizes["all"] += size
         if tensor.role is Role.EMBEDDING:
             sizes["embedding"] += size
         elif tensor.role is Role.ROUTED_EXPERT:
             sizes["experts"] += size
-    held: Precision = "fp8" if config.quantization_config else "bf16"
-    measured = _weight_bytes(directory) if directory is not None and held == precision else None
+    held = held_precision(config) == precision
+    measured = _weight_bytes(directory) if directory is not None and held else None
     head, head_source = 0, "none"
     if draft is not None:
         head, head_source = _weight_bytes(draft) or 0, "shard headers"
@@ -125,6 +126,31 @@ def model_bytes(
         parameters=parameters.total,
         active_parameters=parameters.active,
     )
+
+
+def _matrix_bytes(shape: tuple[int, ...], precision: Precision) -> int:
+    """A matrix [N, K] with its scales."""
+    rows, columns = shape
+    if precision == "bf16":
+        return 2 * rows * columns
+    if precision == "int4":
+        return rows * columns // 2 + 2 * rows * ceil(columns / BLOCK) + 16
+    scales = ceil(rows / BLOCK) * ceil(columns / BLOCK) if precision == "fp8" else rows
+    return rows * columns + 4 * scales
+
+
+def held_precision(config: BailingConfig) -> Precision:
+    """What a checkpoint with this config holds; of a quantization that is not known here, `fp8`."""
+    stated = config.quantization_config
+    if not stated:
+        return "bf16"
+    groups = stated.get("config_groups")
+    group = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    weights = group.get("weights") if isinstance(group, dict) else None
+    kind = weights if isinstance(weights, dict) else {}
+    if kind.get("type") == "int":
+        return "int4" if kind.get("num_bits") == 4 else "int8"
+    return "fp8-channel" if kind.get("strategy") == "channel" else "fp8"
 
 
 def _weight_bytes(where: Path | Folder) -> int | None:
@@ -165,9 +191,10 @@ def split_problem(config: BailingConfig, ways: int, precision: Precision) -> str
         ("shared-expert width", config.shared_width),
         ("dense width", config.intermediate_size),
     ):
-        unit = BLOCK if precision == "fp8" else 1
+        unit = BLOCK if precision in ("fp8", "int4") else 1
         if width % (ways * unit):
-            blocks = f" into blocks of {BLOCK}" if unit > 1 else ""
+            kind = "groups" if precision == "int4" else "blocks"
+            blocks = f" into {kind} of {BLOCK}" if unit > 1 else ""
             return f"{what} {width} does not divide by {ways}{blocks}"
     return None
 
@@ -211,7 +238,8 @@ def decode_bound(
         moved += draft_tokens * (model.draft + concurrency * context * model.kv_layer)
         work += draft_tokens * concurrency * model.draft  # 2 operations a parameter of 2 bytes
     card = hardware.card
-    flops = (card.fp8_tflops if model.precision == "fp8" else card.bf16_tflops) * 1e12
+    tflops = {"bf16": card.bf16_tflops, "int4": card.bf16_tflops, "int8": card.int8_tflops}
+    flops = tflops.get(model.precision, card.fp8_tflops) * 1e12
     reading = moved / (hardware.count * card.bandwidth_tb_s * 1e12)
     computing = work / (hardware.count * flops)
     return Bound(
