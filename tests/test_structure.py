@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from conftest import write_checkpoint
+from quantizing import run as make
+from tiny_architectures import TINY, tiny_config, write_tiny
 
-from packager.bailing.config import BailingConfig
 from packager.bailing.layout import QUANTIZABLE, Role
 from packager.cli import run
 from packager.errors import BadInput
+from packager.layouts import recognise
 from packager.proof.parallel import splits
 from packager.proof.structure import Problem, Structure, check_structure
 from packager.quantize import dequantize, quantize, relabel
@@ -372,12 +374,44 @@ def test_experts_of_one_layer_are_all_fp8_or_none(checkpoints: dict[str, Path], 
 
 def test_the_103b_shape_splits_over_1_2_4_and_8_gpus() -> None:
     raw = json.loads((Path(__file__).parents[1] / "recipes/ling-flash-2.0.json").read_text())
-    config = BailingConfig.parse(raw)
-    found = {split.size: split for split in splits(config, (128, 128), QUANTIZABLE)}
+    model = recognise(raw)
+    found = {split.size: split for split in splits(model, model.tensors(), (128, 128), QUANTIZABLE)}
     assert [size for size, split in found.items() if split.possible] == [1, 2, 4, 8]
     assert (found[8].heads, found[8].kv_heads, found[8].expert_width) == (4, 1, 128)
     assert "dense width 9216 does not divide by 5" in found[5].reasons
     assert "32 heads do not divide by 3" in found[3].reasons
+
+
+@pytest.mark.parametrize("architecture", sorted(TINY))
+def test_every_declared_architecture_is_checked(architecture: str, tmp_path: Path) -> None:
+    """Its odd widths keep block scales from every number of GPUs, a scale a row from none that divides."""
+    source = write_tiny(tmp_path / "source", architecture, num_nextn_predict_layers=0)
+    assert check_structure(source).sound
+    for scheme in ("fp8-channel", "fp8-block"):
+        make(source, tmp_path / scheme, QuantizeSpec(scheme=scheme))
+    rows = check_structure(tmp_path / "fp8-channel", source=source)
+    assert rows.sound and rows.quantized and rows.architecture == architecture
+    assert [split.size for split in rows.parallel if split.possible][:2] == [1, 2]
+    blocks = check_structure(tmp_path / "fp8-block", source=source)
+    assert {problem.kind for problem in blocks.problems} == {"parallel"}
+    assert "is no multiple of 128" in str(the_one(blocks, "parallel"))
+
+
+def test_heads_of_latent_attention_are_split_and_its_latent_vector_is_not() -> None:
+    raw = tiny_config("DeepseekV3ForCausalLM", num_attention_heads=128, qk_nope_head_dim=128, v_head_dim=128)
+    raw |= {
+        "qk_rope_head_dim": 64,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "vocab_size": 129280,
+    }
+    model = recognise(raw)
+    found = {split.size: split for split in splits(model, model.tensors(), (128, 128), QUANTIZABLE)}
+    assert [size for size, split in found.items() if split.possible] == [1, 2, 4, 8]
+    assert (found[8].heads, found[8].kv_heads, found[8].dense_width) == (16, None, 2304)
+    few = recognise(raw | {"num_attention_heads": 2})
+    (one,) = splits(few, few.tensors(), (128, 128), QUANTIZABLE, [2])
+    assert one.reasons == ("query width 192 a GPU is no multiple of 128",)
 
 
 @pytest.mark.parametrize(
@@ -391,10 +425,10 @@ def test_the_103b_shape_splits_over_1_2_4_and_8_gpus() -> None:
 def test_whole_blocks_are_asked_for_only_where_blocks_share_a_scale(
     change: dict[str, Any], block: tuple[int, int] | None, reason: str | None, source: Path
 ) -> None:
-    config = BailingConfig.parse({**json.loads((source / "config.json").read_text()), **change})
-    (split,) = splits(config, block, QUANTIZABLE, [1])
+    model = recognise({**json.loads((source / "config.json").read_text()), **change})
+    (split,) = splits(model, model.tensors(), block, QUANTIZABLE, [1])
     assert split.reasons == ((reason,) if reason else ())
-    assert splits(config, block, frozenset({Role.DENSE_MLP}), [1])[0].possible
+    assert splits(model, model.tensors(), block, frozenset({Role.DENSE_MLP}), [1])[0].possible
 
 
 # ---- the verb -------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from packager.bailing.config import BailingConfig
-from packager.bailing.layout import Expected, Role
+from packager.layouts import Expected, Model
 from packager.proof.dialect import Stated
 
 Level = Literal["ok", "note", "problem"]
+OURS = frozenset({"BailingMoeV2ForCausalLM"})
+"""Architectures that engines know through a plugin of this package."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Facts:
 
     raw: dict[str, Any]
     """config.json as it stands."""
-    config: BailingConfig
+    model: Model
     stated: Stated | None
     layout: list[Expected]
     quantized: frozenset[str]
@@ -108,52 +109,59 @@ def _skipped(facts: Facts) -> Need:
 
 
 def _fused(facts: Facts) -> Need:
-    """Gate and up run as one product, the experts of a layer as another: all quantized or none."""
+    """What engines load as one matrix, or run as one product: all quantized or none."""
     groups: dict[str, set[bool]] = {}
     for want in facts.layout:
-        if want.role is Role.ROUTED_EXPERT:
-            group = want.name.partition(".experts.")[0] + ".experts"
-        elif want.name.endswith(("gate_proj.weight", "up_proj.weight")):
-            group = want.name.rpartition(".weight")[0].rpartition(".")[0]
-        else:
-            continue
-        groups.setdefault(group, set()).add(want.name in facts.quantized)
+        if want.group:
+            groups.setdefault(want.group, set()).add(want.name in facts.quantized)
     mixed = [group for group, kinds in groups.items() if len(kinds) > 1]
     if mixed:
-        return _same("fused layers", "problem", f"{mixed[0]} is partly quantized")
+        return _same("fused layers", "problem", f"{mixed[0].rstrip('.')} is partly quantized")
     return _same("fused layers", "ok", "each of one kind")
 
 
 def _config_class(facts: Facts) -> Need:
-    kind = facts.config.model_type
-    vllm = Verdict("ok", f"{kind}, known through packager's plugin")
+    kind = str(facts.raw.get("model_type"))
     if facts.raw.get("auto_map"):
         return _same("config class", "note", "auto_map names code; it is never run here")
+    if facts.model.architecture.name not in OURS:
+        return _same("config class", "ok", f"{kind}, of transformers")
+    vllm = Verdict("ok", f"{kind}, known through packager's plugin")
     return Need("config class", vllm, Verdict("note", f"transformers has no {kind}: register a class for it"))
 
 
 def _prediction(facts: Facts) -> Need:
-    matter, said, there = "MTP layers", facts.config.num_nextn_predict_layers, facts.mtp_layers
-    if said == there == 0:
+    matter, there = "MTP layers", facts.mtp_layers
+    said = facts.raw.get("num_nextn_predict_layers") or 0
+    known = facts.model.architecture.mtp_engines
+    if said == there == 0 or not (known or there):
         return _same(matter, "ok", "none")
     if said != there:
         text = f"the config says {said}, the weights hold {there}"
-        vllm: Level = "problem" if there else "note"
+        vllm: Level = "problem" if there or "vllm" in known else "note"
         return Need(matter, Verdict(vllm, text), Verdict("problem", text))
-    vllm_text = "no such class for this model: leave them out"
-    if there > 1:
-        return Need(matter, Verdict("problem", vllm_text), Verdict("problem", "takes one layer only"))
-    return Need(matter, Verdict("problem", vllm_text), Verdict("ok", "1, for speculation (NEXTN)"))
+    verdicts = [
+        Verdict("problem", "no such class for this model: leave them out")
+        if engine not in known
+        else Verdict("problem", "takes one layer only")
+        if there > 1
+        else Verdict("ok", f"1, for speculation ({'MTP' if engine == 'vllm' else 'NEXTN'})")
+        for engine in ("vllm", "sglang")
+    ]
+    return Need(matter, *verdicts)
 
 
 def _routing(facts: Facts) -> Need:
-    config, raw = facts.config, facts.raw
+    """What BailingMoeV2's configuration can say of routing that its model class then misreads."""
+    raw = facts.raw
+    if facts.model.architecture.name not in OURS:
+        return _same("routing", "ok", "as its class has it" if facts.model.experts else "none")
     both, sglang = [], []
-    bias = config.moe_router_enable_expert_bias
-    if config.score_function is not None and (config.score_function == "sigmoid") != bias:
-        both.append(f"score_function {config.score_function} {'with' if bias else 'without'} expert_bias")
+    score, bias = raw.get("score_function"), bool(raw.get("moe_router_enable_expert_bias"))
+    if score is not None and (score == "sigmoid") != bias:
+        both.append(f"score_function {score} {'with' if bias else 'without'} expert_bias")
     key = "moe_shared_expert_intermediate_size"
-    if config.num_shared_experts and key in raw and raw[key] is None:
+    if raw.get("num_shared_experts") and key in raw and raw[key] is None:
         both.append(f"{key} is null: leave the key out")
     null = [key for key in ("n_group", "topk_group") if key in raw and raw[key] is None]
     if null:
@@ -161,7 +169,7 @@ def _routing(facts: Facts) -> Need:
     verdicts = [
         Verdict("problem", "; ".join(faults))
         if faults
-        else Verdict("ok", f"{config.score_function or 'softmax'}, {config.n_group or 1} groups")
+        else Verdict("ok", f"{score or 'softmax'}, {raw.get('n_group') or 1} groups")
         for faults in (both, both + sglang)
     ]
     return Need("routing", *verdicts)

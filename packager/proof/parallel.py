@@ -1,19 +1,19 @@
-"""Tensor parallelism: which numbers of GPUs a BailingMoeV2 checkpoint can be split over, and why not others.
+"""Tensor parallelism: which numbers of GPUs a checkpoint can be split over, and why not others.
 
-The rules are those of vLLM 0.32: `bailing_moe.py`, `QKVParallelLinear`, `validate_fp8_block_shape` and
-`validate_fp8_block_shape_moe`, `VocabParallelEmbedding`; SGLang's counterparts follow them. Both repeat KV
-heads where there are fewer of them than GPUs.
+The rules are those of vLLM 0.32: `bailing_moe.py`, `deepseek_v2.py`, `QKVParallelLinear`,
+`validate_fp8_block_shape` and `validate_fp8_block_shape_moe`, `VocabParallelEmbedding`; SGLang's counterparts
+follow them. Both repeat KV heads where there are fewer of them than GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from packager.bailing.config import BailingConfig
-from packager.bailing.layout import Role
+from packager.layouts import Expected, Model, Role
 
 SIZES = range(1, 9)
+_FEED_FORWARDS = (Role.DENSE_MLP, Role.ROUTED_EXPERT, Role.FUSED_EXPERTS, Role.SHARED_EXPERT)
 _VOCABULARY_PADDING = 64
 
 
@@ -24,7 +24,7 @@ class Split:
     size: int
     heads: int | None
     kv_heads: int | None
-    """At least 1: heads are repeated where there are fewer than GPUs."""
+    """At least 1: heads are repeated where there are fewer than GPUs. None also with latent attention."""
     dense_width: int | None
     """Of the feed-forward of dense layers; None also where there are no such layers."""
     expert_width: int | None
@@ -40,7 +40,8 @@ class Split:
 
 
 def splits(
-    config: BailingConfig,
+    model: Model,
+    layout: Sequence[Expected],
     block: tuple[int, int] | None,
     quantized: Set[Role],
     sizes: Iterable[int] = SIZES,
@@ -48,43 +49,67 @@ def splits(
     """How a model divides over each number of GPUs.
 
     Args:
-        config: its configuration.
+        model: its architecture and sizes.
+        layout: its tensors, before quantization.
         block: rows and columns that share a scale, (1, columns) for groups within a row; None: no such
             constraint (BF16, or one scale a row).
         quantized: roles that are stored quantized in such blocks.
         sizes: numbers of GPUs.
     """
-    return [_split(config, block, quantized, size) for size in sizes]
+    widths: dict[Role, int] = {}
+    for want in layout:
+        if want.role in _FEED_FORWARDS:
+            # Its first matrix is the one from the hidden size to the width; fused experts hold two of those.
+            width = want.shape[1] // 2 if want.role is Role.FUSED_EXPERTS else want.shape[0]
+            widths.setdefault(want.role, width)
+    return [_split(model, widths, block, quantized, size) for size in sizes]
 
 
-def _split(config: BailingConfig, block: tuple[int, int] | None, quantized: Set[Role], size: int) -> Split:
+def _split(
+    model: Model, widths: Mapping[Role, int], block: tuple[int, int] | None, quantized: Set[Role], size: int
+) -> Split:
     reasons: list[str] = []
-    heads = _share(config.num_attention_heads, size, "heads", reasons)
-    kv_heads = _kv_heads(config.num_key_value_heads, size, reasons)
-    if block is not None and heads is not None and kv_heads is not None:
-        projections = Role.QUERY_KEY_VALUE in quantized, Role.ATTENTION_OUTPUT in quantized
-        width, kv_width = heads * config.head_dim, kv_heads * config.head_dim
-        # The rows of the one are split, the columns of the other.
-        if projections[0] and block[0] > 1:
-            _whole_blocks(width, block[0], "query width", reasons)
-        elif projections[1] and size > 1:
-            _whole_blocks(width, block[1], "query width", reasons)
-        if projections[0]:
-            _whole_blocks(kv_width, block[0], "KV width", reasons)
-    dense = expert = None
-    if config.first_k_dense_replace:
-        dense = _mlp(
-            config.intermediate_size, size, "dense width", block, Role.DENSE_MLP in quantized, reasons
-        )
-    if config.moe_layers:
-        routed = Role.ROUTED_EXPERT in quantized
-        expert = _mlp(config.moe_intermediate_size, size, "expert width", block, routed, reasons)
-        if config.num_shared_experts and config.shared_width != config.moe_intermediate_size:
-            shared = Role.SHARED_EXPERT in quantized
-            _mlp(config.shared_width, size, "shared expert width", block, shared, reasons)
-    padded = -(-config.vocab_size // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
+    heads = _share(model.value("num_attention_heads"), size, "heads", reasons)
+    kv_heads = None if _latent(model) else _kv_heads(model.value("kv_heads"), size, reasons)
+    if block is not None and heads is not None:
+        _attention(model, heads, kv_heads, block, quantized, size, reasons)
+    dense = _mlp(widths, Role.DENSE_MLP, size, "dense width", block, quantized, reasons)
+    routed = Role.FUSED_EXPERTS if Role.FUSED_EXPERTS in widths else Role.ROUTED_EXPERT
+    expert = _mlp(widths, routed, size, "expert width", block, quantized, reasons)
+    if widths.get(Role.SHARED_EXPERT) != widths.get(routed):
+        _mlp(widths, Role.SHARED_EXPERT, size, "shared expert width", block, quantized, reasons)
+    padded = -(-model.value("vocab_size") // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
     vocabulary = _share(padded, size, "rows of vocabulary, padded to 64,", reasons)
     return Split(size, heads, kv_heads, dense, expert, vocabulary, tuple(reasons))
+
+
+def _latent(model: Model) -> bool:
+    """Whether keys and values come from a latent vector, which every GPU holds whole."""
+    return "kv_lora_rank" in model.fields
+
+
+def _attention(
+    model: Model,
+    heads: int,
+    kv_heads: int | None,
+    block: tuple[int, int],
+    quantized: Set[Role],
+    size: int,
+    reasons: list[str],
+) -> None:
+    """Whether the heads of one GPU come in whole blocks; of the output projection the columns are split."""
+    width = heads * model.value("head_dim")
+    out_width = heads * model.value("v_head_dim") if _latent(model) else width
+    inner, outer = Role.QUERY_KEY_VALUE in quantized, Role.ATTENTION_OUTPUT in quantized
+    if inner and block[0] > 1:
+        _whole_blocks(width, block[0], "query width", reasons)
+    if outer and size > 1 and not (inner and block[0] > 1 and out_width == width):
+        _whole_blocks(out_width, block[1], "value width" if _latent(model) else "query width", reasons)
+    if inner and kv_heads is not None:
+        _whole_blocks(kv_heads * model.value("head_dim"), block[0], "KV width", reasons)
+    elif inner and _latent(model):
+        each = model.value("qk_nope_head_dim") + model.value("v_head_dim")
+        _whole_blocks(heads * each, block[0], "width of keys and values", reasons)
 
 
 def _share(total: int, size: int, what: str, reasons: list[str]) -> int | None:
@@ -104,13 +129,22 @@ def _kv_heads(total: int, size: int, reasons: list[str]) -> int | None:
 
 
 def _mlp(
-    width: int, size: int, what: str, block: tuple[int, int] | None, quantized: bool, reasons: list[str]
+    widths: Mapping[Role, int],
+    role: Role,
+    size: int,
+    what: str,
+    block: tuple[int, int] | None,
+    quantized: Set[Role],
+    reasons: list[str],
 ) -> int | None:
+    width = widths.get(role)
+    if width is None:
+        return None
     if width % size:
         reasons.append(f"{what} {width} does not divide by {size}")
         return None
     share = width // size
-    if block is not None and quantized and (block[0] > 1 or size > 1):
+    if block is not None and role in quantized and (block[0] > 1 or size > 1):
         # Gate and up are stacked: their rows come in whole blocks on one GPU too. Down's columns are split.
         _whole_blocks(share, max(block), what, reasons)
     return share

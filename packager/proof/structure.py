@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from packager.bailing.config import BailingConfig
-from packager.bailing.layout import QUANTIZABLE, Expected, Role, expected_tensors, mtp_layers_in
-from packager.layouts import FLOATS
+from packager.layouts import FLOATS, QUANTIZABLE, Expected, Model, Role, recognise
 from packager.proof.dialect import SUFFIXES, Stated, read_stated, scale_of, scale_shape
 from packager.proof.engines import Facts, Need, needs
 from packager.proof.files import Stored, WeightFiles, read_object
@@ -27,12 +25,8 @@ SCALE_DTYPES = ("F32", "BF16")
 _CHUNK = 1 << 24
 _LINEAR_KEPT = frozenset({Role.LM_HEAD, Role.ROUTER, Role.MTP_PROJECTION})
 """Linear layers that engines keep; whoever takes `targets: [Linear]` at its word needs them in the list."""
-_SHAPE_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
-    *("first_k_dense_replace", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts"),
-    *("num_experts_per_tok", "num_shared_experts", "routed_scaling_factor", "n_group", "topk_group"),
-    *("score_function", "norm_topk_prob", "tie_word_embeddings"),
-)
+_ROUTING_KEYS = ("routed_scaling_factor", "n_group", "topk_group", "score_function", "norm_topk_prob")
+"""What changes the answers as much as a shape does, where a config has it."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +93,12 @@ def check_structure(
     """
     raw = read_object(path / "config.json") if path.is_dir() else {}
     with WeightFiles.open(path) as files:
-        config = BailingConfig.parse(raw, str(path / "config.json"))
+        model = recognise(raw, str(path / "config.json"))
         stated, complaints = read_stated(raw)
-        layout = expected_tensors(config, mtp_layers_in(config, files.tensors))
+        layout = _layout(model, files)
         found = Structure(
             path=str(path),
-            architecture=config.architectures[0],
+            architecture=model.architecture.name,
             scheme=stated.scheme if stated else None,
             dialect=stated.dialect if stated else None,
             data_read=read_data,
@@ -125,14 +119,14 @@ def check_structure(
             for name, want in sorted(check.shapes.items()):
                 found.problems += _other_shape(files, files.tensors[name], want)
         roles = frozenset(want.role for want in layout if want.name in quantized)
-        found.parallel = splits(config, stated.block if stated else None, roles)
+        found.parallel = splits(model, layout, stated.block if stated else None, roles)
         scale_dtypes = frozenset(files.tensors[name].dtype for name in check.scales)
-        mtp = mtp_layers_in(config, files.tensors)
-        found.engines = needs(Facts(raw, config, stated, layout, quantized, scale_dtypes, mtp))
+        mtp = model.mtp_layers_in(files.tensors)
+        found.engines = needs(Facts(raw, model, stated, layout, quantized, scale_dtypes, mtp))
         found.problems += _refusals(found, engine)
         if source is not None:
             stored = {held.name for held in codes.values()} | check.scales | check.shapes.keys()
-            found.problems += _source_problems(files, raw, source, quantized, stored)
+            found.problems += _source_problems(files, raw, model, source, quantized, stored)
     return found
 
 
@@ -309,11 +303,22 @@ def _refusals(found: Structure, engine: str | None) -> Iterator[Problem]:
             yield Problem("engine", "", f"{need.matter} ({who}): {asked[0].text}")
 
 
+def _layout(model: Model, files: WeightFiles) -> list[Expected]:
+    """The tensors that the model has, those of packed weights under the names of the weights."""
+    names = {name.removesuffix("_packed") for name in files.tensors}
+    return [want for want in model.tensors_in(names) if not want.optional or want.name in names]
+
+
 def _source_problems(
-    files: WeightFiles, raw: dict[str, Any], source: Path, quantized: frozenset[str], stored: set[str]
+    files: WeightFiles,
+    raw: dict[str, Any],
+    model: Model,
+    source: Path,
+    quantized: frozenset[str],
+    stored: set[str],
 ) -> Iterator[Problem]:
     theirs = read_object(source / "config.json")
-    for key in _SHAPE_KEYS:
+    for key in dict.fromkeys([*(known.name for known in model.architecture.fields), *_ROUTING_KEYS]):
         if raw.get(key) != theirs.get(key):
             yield Problem("source", "", f"{key} is {raw.get(key)}, in the source {theirs.get(key)}")
     layers, left_out = raw.get("num_hidden_layers"), not raw.get("num_nextn_predict_layers")
