@@ -94,7 +94,7 @@ class MoE(nn.Module):
 
 
 class Positions(nn.Module):
-    """Rotary tables and attention mask of a batch; a module, so that tracers call it instead of reading it."""
+    """Rotary tables and attention mask of a batch; a module, so that tracers do not look inside."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class BailingMoeV2ForCausalLM(PreTrainedModel):  # type: ignore[misc]
         BadInput: the config asks for what this implementation does not have.
     """
 
-    config_class = BailingMoeV2Config
+    config_class: type[BailingMoeV2Config] = BailingMoeV2Config
     base_model_prefix = "model"
     _no_split_modules = ["BailingMoeV2DecoderLayer"]  # noqa: RUF012  what transformers reads
     _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
@@ -199,7 +199,7 @@ class BailingMoeV2ForCausalLM(PreTrainedModel):  # type: ignore[misc]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embeddings."""
-        self.model.word_embeddings = value
+        self.model.word_embeddings = value  # type: ignore[assignment]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

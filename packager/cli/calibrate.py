@@ -80,7 +80,9 @@ def command(
         return
     tensors, data = metrics["tensors"], metrics["calibration"]
     before, after = (readable_bytes(metrics["bytes"][key]) for key in ("source", "written"))
-    seen = f", calibrated on {data['tokens']} tokens of {data['sequences']} sequences" if data["tokens"] else ""
+    seen = (
+        f", calibrated on {data['tokens']} tokens of {data['sequences']} sequences" if data["tokens"] else ""
+    )
     click.echo(
         f"{tensors['quantized']} weights in {scheme}{seen}; {tensors['kept']} tensors kept; "
         f"{before} became {after}\n{out}  {manifest.digest}"

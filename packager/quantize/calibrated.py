@@ -73,7 +73,9 @@ class _Job:
     decisions: Decisions
 
 
-def memory_needed(config: BailingConfig, model_bytes: int, scheme: CalibratedScheme, tokens: int) -> MemoryNeeded:
+def memory_needed(
+    config: BailingConfig, model_bytes: int, scheme: CalibratedScheme, tokens: int
+) -> MemoryNeeded:
     """Peak memory of a calibration on `tokens` tokens of a model whose tensors take `model_bytes`.
 
     GPTQ: an FP32 Hessian [K, K] for each weight [N, K] of a layer, every expert's included. AWQ: the inputs
@@ -153,8 +155,9 @@ def calibrate(
     if calibration:
         length = min(spec.sequence_length, job.config.max_position_embeddings)
         rows = tokenize(lines, tokenizer, length, str(calibration))
-        progress(f"{len(rows)} sequences, {sum(map(len, rows))} tokens of calibration data")
-    require_memory(memory_needed(job.config, job.checkpoint.nbytes, spec.scheme, sum(map(len, rows))), progress)
+        progress(f"{len(rows)} sequences of calibration data")
+    tokens = sum(map(len, rows))
+    require_memory(memory_needed(job.config, job.checkpoint.nbytes, spec.scheme, tokens), progress)
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs) as writer:
         writer.discard()  # shards of two runs are never mixed
         require_space(writer.path, _estimated_bytes(job, spec.scheme))
@@ -209,7 +212,7 @@ def _tokenizer(directory: Path) -> Any:
     except Exception as err:  # of many kinds, from two libraries
         raise BadInput(
             f"{directory} has no tokenizer that can be read: {err}",
-            "Put the checkpoint's tokenizer.json, tokenizer_config.json and chat template beside its weights.",
+            "Put tokenizer.json, tokenizer_config.json and the chat template beside the weights.",
         ) from None
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal, get_args
 
 from packager.bailing.config import BailingConfig
@@ -89,7 +90,6 @@ def calibrate_model(
         The fields of `quantization_config` that describe the result, without `ignore`.
     """
     import torch
-    from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
     from packager.bailing.hf_model import every_expert_sees_every_token
@@ -101,6 +101,8 @@ def calibrate_model(
         for ids in rows
     ]
     with _logging_to(progress), _without_pinning(), every_expert_sees_every_token(model):
+        from llmcompressor import oneshot
+
         oneshot(
             model=model,
             tokenizer=tokenizer,
@@ -133,14 +135,15 @@ def _compress(model: Any) -> dict[str, Any]:
 @contextmanager
 def _logging_to(progress: Callable[[str], None]) -> Iterator[None]:
     """llm-compressor logs to stdout, where data goes; its warnings go to `progress` instead."""
-    from llmcompressor import LoggerConfig, configure_logger
+    with redirect_stdout(sys.stderr):  # it logs while it is imported, to what stdout is then
+        from llmcompressor import LoggerConfig, configure_logger
     from loguru import logger
 
     configure_logger(LoggerConfig(console_log_level=None))
     sink = logger.add(
         lambda message: progress(f"llm-compressor: {message.record['message']}"),
         level="WARNING",
-        filter=lambda record: "No accelerator available" not in record["message"],
+        filter=lambda record: record["level"].name != "METRIC" and "No accelerator" not in record["message"],
     )
     try:
         yield
