@@ -404,6 +404,58 @@ def test_one_token_calibrates_all_experts_alike(small: Path, data: Path, tmp_pat
     assert np.isfinite(inputs + outputs).all() and min(inputs + outputs) > 0
 
 
+def decompressed(folder: Path) -> dict[str, Any]:
+    """All tensors through the code of compressed-tensors, quantized weights as float32."""
+    import torch
+    from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
+    from safetensors.torch import load_file
+
+    stored = {
+        name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    return dict(CompressedTensorsDequantizer(str(folder), dtype=torch.float32).process(stored))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gptq-w4a16", "awq-w4a16"])
+def test_compressed_tensors_reads_the_same_integers_as_we_do(scheme: CalibratedScheme, made: Make) -> None:
+    import torch
+
+    theirs = decompressed(made(scheme))
+    opened = WeightCheckpoint.open(made(scheme))
+    with opened.checkpoint.reader() as reader:
+        for weight in opened.quantized:
+            # They multiply in the dtype of the scale.
+            ours = torch.from_numpy(opened.values(reader, weight)).bfloat16()
+            assert torch.equal(ours.float(), theirs[weight].float()), weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "decibels"), [("nvfp4", 20.0), ("mxfp4", 18.0)])
+def test_four_bit_floats_are_near_the_source(
+    scheme: CalibratedScheme, decibels: float, small: Path, made: Make
+) -> None:
+    theirs, source = decompressed(made(scheme)), Checkpoint.open(small)
+    packed = [name for name in Checkpoint.open(made(scheme)).tensors if name.endswith("weight_packed")]
+    with source.reader() as reader:
+        for name in (name.removesuffix("_packed") for name in packed):
+            weight = reader.array(source.tensors[name]).astype(np.float32)
+            noise = theirs[name].numpy() - weight
+            assert 10 * np.log10((weight**2).sum() / (noise**2).sum()) > decibels, name
+    assert len(packed) == 34
+
+
+@pytest.mark.slow
+def test_matrices_that_engines_join_share_their_global_scale(made: Make) -> None:
+    found = Checkpoint.open(made("nvfp4"))
+    gates = [name for name in found.tensors if name.endswith("gate_proj.weight_global_scale")]
+    assert len(gates) == 1 + 1 + 8
+    with found.reader() as reader:
+        for gate in gates:
+            up = found.tensors[gate.replace("gate_proj", "up_proj")]
+            assert reader.array(found.tensors[gate]) == reader.array(up)
+
+
 def rounded_to_nearest(weight: Any) -> Any:
     """INT4 in groups of 128 columns, symmetric, scales in BF16 as compressed-tensors takes them."""
     groups = weight.view(weight.shape[0], -1, 128)

@@ -173,6 +173,11 @@ class BailingMoeV2ForCausalLM(PreTrainedModel):  # type: ignore[misc]
         self.model = BailingMoeV2Model(_fields(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        # Prediction layers follow the decoder's; they have no part in it.
+        layers, prediction = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 1
+        self._keys_to_ignore_on_load_unexpected = {
+            rf"^model\.layers\.{index}\." for index in range(layers, layers + prediction)
+        }
 
     def forward(
         self,
