@@ -456,6 +456,31 @@ def test_matrices_that_engines_join_share_their_global_scale(made: Make) -> None
             assert reader.array(found.tensors[gate]) == reader.array(up)
 
 
+@pytest.mark.slow
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = with_tokenizer(write_checkpoint(tmp_path / "source", **SMALL))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][5, 7] = torch.inf
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        BadInput, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight holds NaN or inf"
+    ):
+        run(source, tmp_path / "out", "mxfp4", None)
+
+
+def test_a_scale_that_no_activation_gave_a_value_is_found() -> None:
+    import torch
+
+    good = {"a.weight_scale": torch.tensor([0.0, 2.0]), "a.weight_packed": torch.tensor([-1])}
+    calibrated._require_scales(good)
+    for value in (-10724.3, torch.nan, torch.inf):
+        with pytest.raises(BadInput, match=r"a\.input_global_scale"):
+            calibrated._require_scales({**good, "a.input_global_scale": torch.tensor([value])})
+
+
 def rounded_to_nearest(weight: Any) -> Any:
     """INT4 in groups of 128 columns, symmetric, scales in BF16 as compressed-tensors takes them."""
     groups = weight.view(weight.shape[0], -1, 128)

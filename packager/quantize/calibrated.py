@@ -132,9 +132,9 @@ def calibrate(
 
     Raises:
         UsageProblem: data missing, or given to a scheme that has no use for it; a hub name.
-        BadInput: another architecture, tensors that do not fit the config, quantized already, rows that a
-            group does not divide; a line of data that is malformed, with its number; not enough memory or
-            disk.
+        BadInput: another architecture, tensors that do not fit the config, quantized already, NaN or
+            infinity, rows that a group does not divide; a line of data that is malformed, with its number;
+            not enough memory or disk.
     """
     if (calibration is None) == (spec.scheme in NEEDS_DATA):
         raise UsageProblem(
@@ -230,6 +230,7 @@ def _run(
     progress(f"calibrating {len(quantized)} weights, {spec.scheme}")
     stated = calibrate_model(model, tokenizer, rows, spec.scheme, job.config, ignore, spec.seed, progress)
     tensors = model.state_dict()
+    _require_scales(tensors)
     plans = _shards(job, tensors, spec.shard_bytes)
     for plan in plans:
         with writer.create(plan.name) as handle:
@@ -275,7 +276,24 @@ def _load(job: _Job) -> Any:
     expected = {want.name for want in job.decisions.written}
     if set(model.state_dict()) != expected:
         raise RuntimeError("the transformers model and the layout disagree about the tensors")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise BadInput(
+                f"{name} holds NaN or infinity", "Repair the source; `packager quantize` names the position."
+            )
     return model
+
+
+def _require_scales(tensors: dict[str, Any]) -> None:
+    """Raise BadInput where a scale is no positive number: nothing, or nothing finite, reached the module."""
+    for name, tensor in tensors.items():
+        if name.endswith("scale") and tensor.is_floating_point():
+            values = tensor.float()
+            if not values.isfinite().all() or (values < 0).any():
+                raise BadInput(
+                    f"calibration left {name} without a usable value",
+                    "The activations that reach it are not finite: check the source model on this data.",
+                )
 
 
 def _shards(job: _Job, tensors: dict[str, Any], shard_bytes: int) -> list[ShardPlan]:
