@@ -489,26 +489,37 @@ def rounded_to_nearest(weight: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_gptq_errs_less_than_rounding_on_the_calibration_data(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "samples", "bound"),
+    [
+        ("gptq-w4a16", 40, 0.8),
+        # No channel of the nano stands out, so AWQ gains nothing; what it moves must not show, though.
+        ("awq-w4a16", 8, 1.3),
+    ],
+)
+def test_error_on_the_calibration_data_against_that_of_rounding(
+    scheme: CalibratedScheme, samples: int, bound: float, data: Path, tmp_path: Path
+) -> None:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    run(NANO, tmp_path / "gptq", "gptq-w4a16", data, sequence_length=128)
-    dequantize(tmp_path / "gptq", tmp_path / "bf16")
+    run(NANO, tmp_path / "out", scheme, data, samples=samples, sequence_length=128)
+    dequantize(tmp_path / "out", tmp_path / "bf16")
     rows = tokenize(read_lines(data), PreTrainedTokenizerFast.from_pretrained(NANO), 128, "data")
-    exact, gptq, nearest = loaded(NANO), loaded(tmp_path / "bf16"), loaded(NANO)
+    exact, found, nearest = loaded(NANO), loaded(tmp_path / "bf16"), loaded(NANO)
     linear = [name for name, module in exact.named_modules() if isinstance(module, torch.nn.Linear)]
     with torch.no_grad():
         for name in linear:
             if name != "lm_head":
                 weight = nearest.get_submodule(name).weight
                 weight.copy_(rounded_to_nearest(weight))
-        error = {"gptq": 0.0, "nearest": 0.0}
+        error = {"found": 0.0, "nearest": 0.0}
         for ids in map(torch.tensor, rows):
             logits = exact(ids[None]).logits
-            error["gptq"] += float((gptq(ids[None]).logits - logits).square().sum())
+            error["found"] += float((found(ids[None]).logits - logits).square().sum())
             error["nearest"] += float((nearest(ids[None]).logits - logits).square().sum())
-    assert error["gptq"] < 0.8 * error["nearest"]
+    print(scheme, error["found"] / error["nearest"])
+    assert error["found"] < bound * error["nearest"]
 
 
 @pytest.mark.slow
