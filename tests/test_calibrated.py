@@ -311,6 +311,23 @@ def test_awq_scales_the_input_of_each_weight_at_most_once_and_the_router_along()
     assert set(balanced) == quantized - attention | routers
 
 
+@pytest.mark.slow
+def test_scaling_the_pairs_against_each_other_changes_no_logit() -> None:
+    import torch
+
+    model, ids = loaded(NANO), token_ids()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        before = model(ids).logits
+        for smooth, balanced in smoothed_pairs(BailingConfig.load(NANO)):
+            down = model.get_submodule(smooth).weight
+            scales = torch.exp(0.5 * torch.randn(len(down), generator=generator))
+            down.div_(scales.view(-1, *[1] * (down.dim() - 1)))
+            for name in balanced:
+                model.get_submodule(name).weight.mul_(scales)
+        assert torch.allclose(model(ids).logits, before, atol=1e-3)
+
+
 # ---- what comes out -----------------------------------------------------------------------------------
 
 
@@ -518,7 +535,6 @@ def test_error_on_the_calibration_data_against_that_of_rounding(
             logits = exact(ids[None]).logits
             error["found"] += float((found(ids[None]).logits - logits).square().sum())
             error["nearest"] += float((nearest(ids[None]).logits - logits).square().sum())
-    print(scheme, error["found"] / error["nearest"])
     assert error["found"] < bound * error["nearest"]
 
 
