@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_checkpoint
+from sparse_checkpoint import LING_FLASH, write_sparse_checkpoint
 
 from packager.artifact import Manifest, check, read_manifest
 from packager.bailing.config import BailingConfig
@@ -272,31 +273,20 @@ def test_too_little_memory_is_said_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_for_the_hundred_billion_parameters_counts_every_experts_hessian() -> None:
-    config = BailingConfig.parse(
-        {
-            "architectures": ["BailingMoeV2ForCausalLM"],
-            "model_type": "bailing_moe",
-            "vocab_size": 157184,
-            "hidden_size": 4096,
-            "intermediate_size": 9216,
-            "moe_intermediate_size": 1024,
-            "num_hidden_layers": 32,
-            "first_k_dense_replace": 1,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts": 256,
-            "num_experts_per_tok": 8,
-            "num_shared_experts": 1,
-            "max_position_embeddings": 32768,
-        }
-    )
+def test_the_hundred_billion_parameters_are_refused_from_headers_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BailingConfig.parse(json.loads(LING_FLASH.read_text()))
     needed = memory_needed(config, 206_000_000_000, "gptq-w4a16", 512 * 2048)
     # Two matrices of 4096 columns and one of 1024 for each expert, FP32, and some more for the attention.
     assert 1 < needed.statistics / (256 * 4 * (2 * 4096**2 + 1024**2)) < 1.02
-    assert needed.total > 250_000_000_000
     assert memory_needed(config, 206_000_000_000, "mxfp4", 0).total < 210_000_000_000
+
+    source = with_tokenizer(write_sparse_checkpoint(tmp_path / "source"))
+    monkeypatch.setattr(calibrated, "available_memory", lambda: 230_000_000_000)
+    monkeypatch.setattr(Checkpoint, "digest", lambda _: pytest.fail("206 GB were hashed"))
+    with pytest.raises(BadInput, match=r"model 206 GB, statistics of a layer 35\.7 GB"):
+        run(source, tmp_path / "out", "gptq-w4a16", data)
 
 
 def test_awq_scales_the_input_of_each_weight_at_most_once_and_the_router_along() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from packager.artifact import ArtifactWriter, Manifest, file_sha256, sealed_for
+from packager.artifact import ArtifactWriter, Manifest, file_sha256, is_sealed, sealed_for
 from packager.bailing.config import BailingConfig
 from packager.checkpoint.header import DTYPE_BYTES, readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, locate
@@ -144,20 +144,21 @@ def calibrate(
             "Give --calibration FILE.jsonl." if calibration is None else "Leave --calibration out.",
         )
     job = _plan(source, spec)
-    lines = choose(read_lines(calibration), spec.samples, spec.seed) if calibration else []
+    tokenizer = _tokenizer(job.checkpoint.path)
+    rows: list[list[int]] = []
+    if calibration:
+        lines = choose(read_lines(calibration), spec.samples, spec.seed)
+        length = min(spec.sequence_length, job.config.max_position_embeddings)
+        rows = tokenize(lines, tokenizer, length, str(calibration))
+    if not is_sealed(out):  # before the source is hashed: that takes minutes where memory is short
+        tokens = sum(map(len, rows))
+        progress(f"{len(rows)} sequences, {tokens} tokens of calibration data")
+        require_memory(memory_needed(job.config, job.checkpoint.nbytes, spec.scheme, tokens), progress)
     inputs = {"source": job.checkpoint.digest()}
     if calibration:
         inputs["calibration"] = f"sha256:{file_sha256(calibration)}"
     if found := sealed_for(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs):
         return found
-    rows: list[list[int]] = []
-    tokenizer = _tokenizer(job.checkpoint.path)
-    if calibration:
-        length = min(spec.sequence_length, job.config.max_position_embeddings)
-        rows = tokenize(lines, tokenizer, length, str(calibration))
-        progress(f"{len(rows)} sequences of calibration data")
-    tokens = sum(map(len, rows))
-    require_memory(memory_needed(job.config, job.checkpoint.nbytes, spec.scheme, tokens), progress)
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs) as writer:
         writer.discard()  # shards of two runs are never mixed
         require_space(writer.path, _estimated_bytes(job, spec.scheme))
