@@ -79,13 +79,14 @@ class Attention(nn.Module):
         self.query_layernorm = RMSNorm(self.head_dim, eps)
         self.key_layernorm = RMSNorm(self.head_dim, eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`, broadcast to [batch, heads, query, key], true where a query may look; None: causal."""
         batch, length, _ = x.shape
         qkv = self.query_key_value(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q = _rotate(self.query_layernorm(q), cos, sin)
         k = _rotate(self.key_layernorm(k), cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.dense(out.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
 
 

@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "plan": "Will it fit; a bound on speed; the exact serve command.",
     "release": "Run a recipe: every stage in order, skipping what is done.",
     "quantize": "Weights to block FP8, at the speed of the disk, in little memory.",
+    "calibrate": "Weights to four bits with calibration data: GPTQ, AWQ, NVFP4, MXFP4.",
     "dequantize": "Quantized weights back to BF16.",
     "relabel": "The same FP8 bytes under the other naming.",
     "diff": "Compare two checkpoints tensor by tensor.",
