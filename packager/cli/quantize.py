@@ -58,7 +58,8 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | No
     "--workers",
     type=click.IntRange(min=1),
     default=None,
-    help="Threads. Default: one for each processor. The output does not depend on it.",
+    help="Threads. Default: one for each processor. With Ray: tasks at once, by default two for each "
+    "processor. The output does not depend on it.",
 )
 @click.option(
     "--max-memory",
@@ -81,6 +82,15 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | No
     show_default=True,
     help="The gate: a weight with a lower signal-to-noise ratio ends in exit code 4.",
 )
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: tensors are converted by a cluster whose nodes see SOURCE under the same path, or read it "
+    "from the hub.",
+)
+@click.option("--ray-address", default=None, help="HOST:PORT of the Ray cluster. Default: RAY_ADDRESS.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
     source: str,
@@ -94,6 +104,8 @@ def command(
     max_memory: int | None,
     kernel: Choice,
     min_snr_db: float,
+    executor: Literal["local", "ray"],
+    ray_address: str | None,
     as_json: bool,
 ) -> None:
     """Write the BF16 checkpoint SOURCE as 128x128 block FP8 into the new folder OUT.
@@ -113,6 +125,8 @@ def command(
         planned = dry_run(source, spec)
         click.echo(json.dumps(asdict(planned))) if as_json else _print_plan(planned)
         return
+    if ray_address is not None and executor != "ray":
+        raise UsageProblem("--ray-address is of use with --executor ray only", "Add --executor ray.")
     if out is None:
         raise UsageProblem("OUT is not given", "Name a new folder for the output, or add --dry-run.")
     manifest = quantize(
@@ -125,6 +139,8 @@ def command(
         max_memory=max_memory,
         kernel=kernel,
         min_snr_db=min_snr_db,
+        executor=executor,
+        ray_address=ray_address,
     )
     if as_json:
         click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
