@@ -248,7 +248,7 @@ def _kernel_maker(
 
 
 def _memory_for_pieces(max_memory: int | None, workers: int, each: int) -> int:
-    """Bytes left for pieces on their way once interpreter, torch and `each` worker's temporaries have theirs."""
+    """Bytes left for pieces once interpreter, torch and the temporaries of `each` worker have theirs."""
     useful = _useful_memory(workers)
     if max_memory is None:
         return useful

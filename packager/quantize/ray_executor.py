@@ -141,8 +141,6 @@ class RayCluster:
         self._own = False
 
     def __enter__(self) -> Self:
-        # Read by Ray's native code as it is loaded.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -153,10 +151,9 @@ class RayCluster:
         if not ray.is_initialized():
             self._connect()
             self._own = True
-        nodes = self.nodes()
-        self.cpus = max(sum(int(node["Resources"].get("CPU", 0)) for node in nodes), 1)
+        self.cpus = max(sum(int(node["Resources"]["CPU"]) for node in self.nodes()), 1)
         here = ray.get_runtime_context().get_node_id()
-        stores = [node["Resources"].get("object_store_memory", 0) for node in nodes if node["NodeID"] == here]
+        stores = [n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["NodeID"] == here]
         self.object_bytes = int(sum(stores))
         """Shared memory of this machine's node, through which results come."""
         return self
@@ -194,7 +191,7 @@ class RayCluster:
             ray.shutdown()
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Nodes that are alive and may be given work, as `ray.nodes` describes them."""
+        """Nodes that are alive and have processors to give, as `ray.nodes` describes them."""
         import ray
 
         return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
@@ -230,7 +227,7 @@ class RayConversion:
         self._lost: dict[str, str] = {}
         """Tensors to be told of as lost -> why."""
         self._redone: set[str] = set()
-        self._title, self._asked = cluster.title(), time.monotonic()
+        self._title, self._ask_at = cluster.title(), time.monotonic() + _NODES_EVERY_S
 
     def convert(self, work: TensorWork, begin: int, end: int, *, written: bool, hashed: bool) -> Converted:
         """One piece by any worker, by another if that one is lost.
@@ -317,8 +314,9 @@ class RayConversion:
                 f"workers were lost ({why}): {_count(len(lost), 'tensor')} done again by others, "
                 f"{len(self._redone)} so far"
             )
-        if lost or time.monotonic() - self._asked >= _NODES_EVERY_S:
-            self._asked = time.monotonic()
+        if not self._stopped.is_set() and (lost or time.monotonic() >= self._ask_at):
+            # The death of a node shows a while after that of its workers.
+            self._ask_at = time.monotonic() + (_POLL_S if lost else _NODES_EVERY_S)
             title = self._cluster.title()
             if title != self._title:
                 self._title = title

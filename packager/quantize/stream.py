@@ -241,6 +241,8 @@ class Stream:
             self._outputs.close()
         if self._failure is not None:
             raise self._failure
+        for line in self._away.news() if self._away else ():
+            progress(line)
 
     def _wait(self) -> str | None:
         """A shard to be named, "" after a while without one, None at the end."""
