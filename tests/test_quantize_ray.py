@@ -21,6 +21,7 @@ from quantizing import contents, run
 from packager.artifact import is_sealed
 from packager.checkpoint import Checkpoint
 from packager.checkpoint.header import readable_bytes
+from packager.cli import run as packager_command
 from packager.errors import BadInput, RemoteFailure, UsageProblem
 from packager.publish.loopback_hub import LoopbackHub
 from packager.quantize.journal import JOURNAL_NAME
@@ -290,3 +291,12 @@ def test_an_address_where_no_cluster_is_fails_at_once(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(error, match=says):
         run(tiny_checkpoint, tmp_path / "out", executor="ray", ray_address=address)
+
+
+def test_an_address_without_its_executor_is_not_passed_over_in_silence(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(tiny_checkpoint), str(tmp_path / "out"), "--ray-address", "127.0.0.1:6379"]
+    assert packager_command(command) == 2
+    assert "--ray-address is of use with --executor ray only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
