@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -67,12 +68,23 @@ class TwoNodes:
         import psutil
 
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        agents = ("Agent", "agent")
-        return [p for p in raylet.children() if not any(word in " ".join(p.cmdline()) for word in agents)]
+        found = []
+        for process in raylet.children():
+            with contextlib.suppress(psutil.Error):  # gone meanwhile
+                if "agent" not in " ".join(process.cmdline()).lower():
+                    found.append(process)
+        return found
 
     def workers(self) -> list[Any]:
         """Processes that run tasks, on both nodes."""
         return self._workers(self._cluster.head_node) + self._workers(self._second)
+
+    def kill_a_worker(self) -> None:
+        """One of the driver's node, with what it has been given; the node stays."""
+        worker = self._workers(self._cluster.head_node)[0]
+        worker.suspend()
+        time.sleep(0.5)
+        worker.kill()
 
     def freeze_second(self) -> None:
         """Its workers stop where they are: what they have been given stays undone."""
@@ -171,12 +183,14 @@ def test_a_cluster_writes_what_this_machine_writes_and_says_what_it_would_say(
 
 
 @pytest.mark.slow
-def test_a_node_killed_in_the_middle_costs_its_tensors_a_second_time_and_nothing_else(
+def test_a_worker_and_a_node_killed_in_the_middle_cost_their_tensors_a_second_time_and_nothing_else(
     two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     job = started(source, out, *on(two_nodes), "--workers", "6")
-    until(lambda: len(finished(out)) >= 10)
+    until(lambda: len(finished(out)) >= 5)
+    two_nodes.kill_a_worker()
+    until(lambda: len(finished(out)) >= 40)
     two_nodes.freeze_second()
     time.sleep(0.5)  # until those that are not frozen have nothing left to do
     assert job.poll() is None and not is_sealed(out)
@@ -184,7 +198,9 @@ def test_a_node_killed_in_the_middle_costs_its_tensors_a_second_time_and_nothing
     _, stderr = job.communicate(timeout=120)
     assert job.returncode == 0, stderr
     lost = re.findall(r"workers were lost \((\w+)[^)]*\): (\d+) tensors? done again .*, (\d+) so far", stderr)
-    assert lost and 1 <= int(lost[-1][2]) <= 6
+    assert len(lost) >= 2 and 2 <= int(lost[-1][2]) <= 12
+    ours = re.compile("Ray: [12] node|workers were lost|model-|.*B/s")
+    assert [line for line in stderr.splitlines() if not ours.match(line)] == []
     assert contents(out) == contents(local)
 
 
@@ -192,6 +208,8 @@ def test_a_node_killed_in_the_middle_costs_its_tensors_a_second_time_and_nothing
 def test_a_killed_driver_leaves_nothing_running_and_either_executor_goes_on(
     two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
 ) -> None:
+    import psutil
+
     out = tmp_path / "out"
     before: list[str] = []
     for share, deadly in ((0.2, signal.SIGKILL), (0.5, signal.SIGINT)):
@@ -205,7 +223,8 @@ def test_a_killed_driver_leaves_nothing_running_and_either_executor_goes_on(
         if deadly == signal.SIGINT:
             assert job.returncode == 130, stderr
             assert stderr.splitlines()[-1] == "interrupted; the same command resumes"
-        until(lambda: not any(worker.is_running() for worker in workers))  # noqa: B023
+        psutil.wait_procs(workers, timeout=60)
+        assert not any(worker.is_running() for worker in workers)
         now = finished(out)
         assert now[: len(before)] == before and len(now) == len(set(now))
         before = now

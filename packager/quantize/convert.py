@@ -207,9 +207,9 @@ def _run_on_ray(
     with RayCluster(settings.ray_address) as cluster:
         progress(cluster.title())
         tasks = min(settings.workers or 2 * cluster.cpus, MOST_TASKS)
-        memory = min(_memory_for_pieces(settings.max_memory, tasks, 0), cluster.object_bytes // 2)
         make_kernel = _kernel_maker(job, outputs, settings.kernel, sharers=cluster.cpus)
         away = cluster.conversion(job.checkpoint, make_kernel)
+        memory = min(_memory_for_pieces(settings.max_memory, tasks, 0), cluster.object_bytes // 2)
         stream = Stream(job.checkpoint, job.works, outputs, journal, None, away)
         # A thread waits for each task; two more, for the chains of hashes.
         stream.run(tasks + 2, memory, progress)
