@@ -35,6 +35,7 @@ LEVEL = {
 PAIRS = {("layouts", "checkpoint"), ("bailing", "checkpoint"), ("bailing", "layouts")}
 MAY_VALIDATE = {"cli", "release", "serving", "bundle"}
 HEAVY = ("torch", "transformers", "vllm", "scipy", "matplotlib", "speculators", "llmcompressor", "datasets")
+HEAVY += ("ray",)
 
 
 def _imports(text: str, package: tuple[str, ...]) -> Iterator[tuple[str, int]]:

@@ -51,6 +51,7 @@ _EXTRAS = {
     "matplotlib": "validate",
     "psutil": "validate",
     "tokenizers": "nano",
+    "ray": "ray",
 }
 
 _CLOSED_PIPE = 128 + 13  # what a shell reports for SIGPIPE

@@ -98,7 +98,8 @@ def _rules(
     "--workers",
     type=click.IntRange(min=1),
     default=None,
-    help="Threads. Default: one for each processor. The output does not depend on it.",
+    help="Threads. Default: one for each processor. With Ray: tasks at once, by default two for each "
+    "processor. The output does not depend on it.",
 )
 @click.option(
     "--max-memory",
@@ -121,6 +122,15 @@ def _rules(
     help="The gate: a weight with a lower signal-to-noise ratio ends in exit code 4. Default: 30; 15 for "
     "int4-g128.",
 )
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: tensors are converted by a cluster whose nodes see SOURCE under the same path, or read it "
+    "from the hub.",
+)
+@click.option("--ray-address", default=None, help="HOST:PORT of the Ray cluster. Default: RAY_ADDRESS.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
     source: str,
@@ -136,6 +146,8 @@ def command(
     max_memory: int | None,
     kernel: Choice,
     min_snr_db: float | None,
+    executor: Literal["local", "ray"],
+    ray_address: str | None,
     as_json: bool,
 ) -> None:
     """Write the BF16 checkpoint SOURCE, quantized, into the new folder OUT.
@@ -167,6 +179,8 @@ def command(
         planned = dry_run(source, spec)
         click.echo(json.dumps(asdict(planned))) if as_json else _print_plan(planned)
         return
+    if ray_address is not None and executor != "ray":
+        raise UsageProblem("--ray-address is of use with --executor ray only", "Add --executor ray.")
     if out is None:
         raise UsageProblem("OUT is not given", "Name a new folder for the output, or add --dry-run.")
     manifest = quantize(
@@ -179,6 +193,8 @@ def command(
         max_memory=max_memory,
         kernel=kernel,
         min_snr_db="default" if min_snr_db is None else min_snr_db,
+        executor=executor,
+        ray_address=ray_address,
     )
     if as_json:
         click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))

@@ -22,7 +22,7 @@ from packager.layouts import Decisions, Do, Model, PredictionLayers, decide, rec
 from packager.quantize.calibration_data import choose, read_lines, tokenize
 from packager.quantize.calibration_run import GROUP, NEEDS_DATA, CalibratedScheme, calibrate_model
 from packager.quantize.convert import require_space
-from packager.quantize.dialects import quantization_config, refuse_quantized
+from packager.quantize.dialects import ignored_modules, refuse_quantized
 from packager.recipe import Spec
 
 STAGE = "calibrate"
@@ -226,7 +226,7 @@ def _run(
     progress: Callable[[str], None],
 ) -> Manifest:
     written, quantized = job.decisions.written, {want.name for want in job.decisions.those(Do.QUANTIZE)}
-    ignore = quantization_config("compressed-tensors", written, quantized)["ignore"]
+    ignore = ignored_modules(written, quantized)
     model = _load(job)
     progress(f"calibrating {len(quantized)} weights, {spec.scheme}")
     stated = calibrate_model(model, tokenizer, rows, spec.scheme, job.config, ignore, spec.seed, progress)

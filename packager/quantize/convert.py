@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,8 @@ from packager.quantize.stream import PIECE_BYTES, SourceChanged, Stream, TensorW
 from packager.recipe import QuantizeSpec
 
 STAGE = "quantize"
+Executor = Literal["local", "ray"]
+"""Where pieces are converted: on threads of this process, or by the workers of a Ray cluster."""
 _TORCH_BYTES = 400_000_000
 DEFAULT_MAX_MEMORY = 1_500_000_000
 _LISTED = 20
@@ -74,6 +77,8 @@ def quantize(
     max_memory: int | None = None,
     kernel: Choice = "auto",
     min_snr_db: float | Literal["default"] | None = "default",
+    executor: Executor = "local",
+    ray_address: str | None = None,
 ) -> Manifest:
     """Write `source` (BF16, FP16 or FP32, safetensors), quantized, into the sealed artifact `out`.
 
@@ -89,21 +94,27 @@ def quantize(
         spec: scheme, dialect, rounding of scales, shard size, decisions on single tensors.
         recipe_digest: what the manifest records as the settings' digest.
         progress: called with a line a shard, and one every few seconds.
-        workers: threads; None: one for each processor that this process may use. The output is the same.
+        workers: threads; None: one for each processor that this process may use. With Ray: tasks at once;
+            None: two for each processor of the cluster. The output is the same.
         max_memory: bytes of resident memory that this process may take, all that it holds already included;
             None: pieces on their way are bounded by what the workers can be busy with, and nothing else is.
         kernel: `auto` uses the compiled one where the size of the source is worth its start-up.
         min_snr_db: a weight with a lower signal-to-noise ratio fails the gate: 30 dB, for INT4 15 (`Scheme`),
             unless another bound is named; None: no gate.
+        executor: `ray` has tensors read and converted by a cluster whose nodes see the source under the same
+            path, or read it from the hub. This process hashes and writes. An output that was begun with one
+            executor can be finished with the other.
+        ray_address: HOST:PORT of the cluster; None: RAY_ADDRESS.
 
     Raises:
-        UsageProblem: `max_memory` is too little to work in.
+        UsageProblem: `max_memory` is too little to work in; Ray is not installed, or not the same software
+            on all nodes.
         BadInput: not a checkpoint of a known architecture, tensors that do not fit the config or the scheme
             (listed), already quantized, NaN or infinity in a weight (named, with its position), no room, or a
             target that cannot be written.
         GateFailed: weights below the gate; `out` stays unfinished, with its ledger.
         IntegrityFailure: `source` is a sealed artifact that was altered; a hub gave other bytes.
-        RemoteFailure: the hub does not give the bytes.
+        RemoteFailure: the hub does not give the bytes; the Ray cluster cannot be reached or is lost.
     """
     job = _plan(source, spec)
     if is_sealed(out):
@@ -120,7 +131,7 @@ def quantize(
     # stand for it.
     key = {"source": outline(job.checkpoint)}
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=key) as writer:
-        settings = _Settings(workers or len(os.sched_getaffinity(0)), max_memory, kernel)
+        settings = _Settings(workers, max_memory, kernel, executor, ray_address)
         try:
             entries, hashed = _convert(job, writer, settings, progress)
         except SourceChanged as change:
@@ -144,9 +155,11 @@ def quantize(
 class _Settings:
     """How, not what: nothing of it shows in the output."""
 
-    workers: int
+    workers: int | None
     max_memory: int | None
     kernel: Choice
+    executor: Executor
+    ray_address: str | None
 
 
 def _convert(
@@ -162,15 +175,52 @@ def _convert(
             if partly := len(outputs.kept) - _tensors_in(job.shards, outputs.named, firsts):
                 progress(f"{partly} tensors of unfinished shards: kept from an earlier run")
             require_space(writer.path, outputs.remaining_bytes)
-            kernel = _kernel(job, outputs, settings, progress)
-            memory = _memory_for_pieces(settings)
-            stream = Stream(job.checkpoint, job.works, outputs, journal, kernel)
-            stream.run(settings.workers, memory, progress)
+            if settings.executor == "ray":
+                stream = _run_on_ray(job, outputs, journal, settings, progress)
+            else:
+                stream = _run_here(job, outputs, journal, settings, progress)
         finally:
             outputs.close()
         done = journal.tensors
         entries = [entry for name in job.works if name in done and (entry := done[name].entry) is not None]
         return entries, stream.hashed
+
+
+def _run_here(
+    job: _Job,
+    outputs: OutputShards,
+    journal: TensorJournal,
+    settings: _Settings,
+    progress: Callable[[str], None],
+) -> Stream:
+    make_kernel = _kernel_maker(job, outputs, settings.kernel)
+    kernel = make_kernel(progress=progress) if make_kernel else None
+    workers = settings.workers or len(os.sched_getaffinity(0))
+    memory = _memory_for_pieces(settings.max_memory, workers, _KERNEL_MEMORY)
+    stream = Stream(job.checkpoint, job.works, outputs, journal, kernel)
+    stream.run(workers, memory, progress)
+    return stream
+
+
+def _run_on_ray(
+    job: _Job,
+    outputs: OutputShards,
+    journal: TensorJournal,
+    settings: _Settings,
+    progress: Callable[[str], None],
+) -> Stream:
+    from packager.quantize.ray_executor import MOST_TASKS, RayCluster
+
+    with RayCluster(settings.ray_address) as cluster:
+        progress(cluster.title())
+        tasks = min(settings.workers or 2 * cluster.cpus, MOST_TASKS)
+        make_kernel = _kernel_maker(job, outputs, settings.kernel, sharers=cluster.cpus)
+        away = cluster.conversion(job.checkpoint, make_kernel)
+        memory = min(_memory_for_pieces(settings.max_memory, tasks, 0), cluster.object_bytes // 2)
+        stream = Stream(job.checkpoint, job.works, outputs, journal, None, away)
+        # A thread waits for each task; two more, for the chains of hashes.
+        stream.run(tasks + 2, memory, progress)
+        return stream
 
 
 def _tensors_in(plans: list[ShardPlan], names: list[str], firsts: Mapping[str, str]) -> int:
@@ -186,33 +236,34 @@ def _plan_digest(job: _Job) -> str:
     return total.hexdigest()
 
 
-def _kernel(
-    job: _Job, outputs: OutputShards, settings: _Settings, progress: Callable[[str], None]
-) -> Kernel | None:
-    """The kernel for what is left to be quantized; None where nothing is."""
+def _kernel_maker(
+    job: _Job, outputs: OutputShards, choice: Choice, sharers: int = 1
+) -> Callable[..., Kernel] | None:
+    """`choose_kernel` for what is left to be quantized by so many, `progress` still to be given; None where
+    nothing is left."""
     left = [w.info for name, w in job.works.items() if w.band and name not in outputs.kept]
     if not left:
         return None
-    return choose_kernel(
-        settings.kernel,
+    return partial(
+        choose_kernel,
+        choice,
         job.scheme,
         dtypes={torch_dtype(info) for info in left},
-        nbytes=sum(info.nbytes for info in left),
-        progress=progress,
+        nbytes=sum(info.nbytes for info in left) // sharers,
     )
 
 
-def _memory_for_pieces(settings: _Settings) -> int:
-    """Bytes left for pieces on their way once interpreter, torch and the workers' temporaries have theirs."""
-    useful = _useful_memory(settings.workers)
-    if settings.max_memory is None:
+def _memory_for_pieces(max_memory: int | None, workers: int, each: int) -> int:
+    """Bytes left for pieces once interpreter, torch and the temporaries of `each` worker have theirs."""
+    useful = _useful_memory(workers)
+    if max_memory is None:
         return useful
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    held = pages * os.sysconf("SC_PAGE_SIZE") + settings.workers * _KERNEL_MEMORY
-    left = settings.max_memory - held
+    held = pages * os.sysconf("SC_PAGE_SIZE") + workers * each
+    left = max_memory - held
     if left < 4 * PIECE_BYTES:
         raise UsageProblem(
-            f"{readable_bytes(settings.max_memory)} is too little memory for {settings.workers} workers",
+            f"{readable_bytes(max_memory)} is too little memory for {workers} workers",
             f"Give --max-memory {readable_bytes(held + 8 * PIECE_BYTES)} or more, or fewer --workers.",
         )
     # The allocator keeps about as much again as is in use.

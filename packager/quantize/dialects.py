@@ -125,7 +125,7 @@ def quantization_config(
         "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": _ignored(layout, quantized),
+        "ignore": ignored_modules(layout, quantized),
         "kv_cache_scheme": None,
     }
 
@@ -155,8 +155,8 @@ def _kept(layout: Collection[Expected], quantized: Container[str]) -> list[Expec
     return [want for want in layout if want.name not in quantized and len(want.shape) > 1]
 
 
-def _ignored(layout: Collection[Expected], quantized: Container[str]) -> list[str]:
-    """Patterns for what is never quantized, names for what is left alone in this checkpoint."""
+def ignored_modules(layout: Collection[Expected], quantized: Container[str]) -> list[str]:
+    """The `ignore` list of compressed-tensors: patterns for what is never quantized, names for what is left alone in this checkpoint."""
     names: list[str] = []
     touched = {_in_layer(want)[0] for want in layout if want.name in quantized}
     for want in _kept(layout, quantized):

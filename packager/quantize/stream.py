@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from packager.checkpoint.header import TensorInfo, readable_bytes
 from packager.checkpoint.source import Checkpoint, TensorReader
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+
+    Bytes = NDArray[np.uint8]
 
 PIECE_BYTES = 8 << 20
 """Source bytes of a piece, where a row of blocks is not larger."""
@@ -61,6 +63,32 @@ class TensorWork:
     """Rows that are quantized together; 0: the tensor keeps its bytes."""
     constants: bytes = b""
     """Data of what is stored after the scales."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was read, and what it became. All of it can be sent from one process to another."""
+
+    source: Bytes | None
+    """As read; None: nobody asked for it."""
+    output: list[Bytes]
+    """The weight as written, in order; nothing where nothing is written."""
+    scales: list[Bytes]
+    """Follow the weight once all of it is there."""
+    figures: list[Figures]
+
+
+class Away(Protocol):
+    """Converts on other machines. The chains, the journal and the output stay here."""
+
+    def convert(self, work: TensorWork, begin: int, end: int, *, written: bool, hashed: bool) -> Converted:
+        """As `convert_part`, elsewhere; called from many threads, each of which waits for its result."""
+
+    def news(self) -> list[str]:
+        """What has happened since the last call, a line each."""
+
+    def stop(self) -> None:
+        """Nothing more is wanted: calls of `convert` that wait end in any exception."""
 
 
 @dataclass
@@ -107,6 +135,7 @@ class Stream:
         outputs: OutputShards,
         journal: TensorJournal,
         kernel: Kernel | None,
+        away: Away | None = None,
     ) -> None:
         """Nothing happens until `run`.
 
@@ -116,7 +145,9 @@ class Stream:
             outputs: where results go, and which are there.
             journal: of this output.
             kernel: None where no weight is left to be quantized.
+            away: who converts instead of the threads of `run`, which then only hash and write.
         """
+        self._away = away
         self._checkpoint, self._works = checkpoint, works
         self._outputs, self._journal, self._kernel = outputs, journal, kernel
         self._identities = {shard: checkpoint.folder.identity(shard) for shard in checkpoint.shards}
@@ -197,6 +228,8 @@ class Stream:
                 if shard:
                     entry = self._outputs.finish(shard)
                     progress(f"{shard}: {readable_bytes(entry.size)}")
+                for line in self._away.news() if self._away else ():
+                    progress(line)
                 if time.monotonic() - spoke >= _PROGRESS_SECONDS:
                     spoke = time.monotonic()
                     progress(self._status(total, spoke - began))
@@ -204,11 +237,15 @@ class Stream:
             with self._changed:
                 self._stopped = True
                 self._changed.notify_all()
+            if self._away:
+                self._away.stop()
             for thread in threads:
                 thread.join()
             self._outputs.close()
         if self._failure is not None:
             raise self._failure
+        for line in self._away.news() if self._away else ():
+            progress(line)
 
     def _wait(self) -> str | None:
         """A shard to be named, "" after a while without one, None at the end."""
@@ -297,35 +334,26 @@ class Stream:
         if piece.work is None:
             piece.source = header_bytes(self._checkpoint, piece.shard)
             return
-        info = piece.work.info
-        data = reader.bytes(info, piece.begin, piece.end)
+        info, written, hashed = piece.work.info, piece.place is not None, piece.hashed
+        if self._away:
+            found = self._away.convert(piece.work, piece.begin, piece.end, written=written, hashed=hashed)
+        else:
+            found = convert_part(
+                reader, self._kernel, piece.work, piece.begin, piece.end, written=written, hashed=hashed
+            )
         if piece.place:
             shard = self._outputs.opened(piece.place.shard)
-            if not piece.work.band:
-                refuse_nonfinite(info, data, piece.begin)
-                piece.output = [data.data]
-                position = piece.place.begin + piece.begin
-            else:
-                self._quantize(piece, piece.work, data)
+            position = piece.place.begin + piece.begin
+            if piece.work.band:
                 position = piece.place.begin + piece.begin * piece.work.stored[0].nbytes // info.nbytes
+            piece.output = [part.data for part in found.output]
+            piece.scales = [scales.data for scales in found.scales]
+            piece.figures = found.figures
             for part in piece.output:
                 shard.write(part, position)
                 position += part.nbytes
-        if piece.hashed:
-            piece.source = data.data
-
-    def _quantize(self, piece: _Piece, work: TensorWork, data: NDArray[np.uint8]) -> None:
-        import torch
-
-        assert self._kernel is not None
-        dtype = torch_dtype(work.info)
-        slabs = self._kernel(torch.from_numpy(data).view(dtype).view(-1, work.info.shape[1]))
-        if slabs is None:
-            refuse_nonfinite(work.info, data, piece.begin)
-            raise RuntimeError(f"{work.info.name}: overflow in float32")
-        piece.output = [slab.codes.view(torch.uint8).numpy().data for slab in slabs]
-        piece.scales = [slab.scales.view(torch.uint8).numpy().data for slab in slabs]
-        piece.figures = [slab.figures for slab in slabs]
+        if found.source is not None:
+            piece.source = found.source.data
 
     def _pass_source(self, piece: _Piece) -> None:
         if not piece.hashed:
@@ -399,6 +427,52 @@ class Stream:
             raise SourceChanged(piece.shard)
         self.hashed[piece.shard] = piece.source_digest
         self._journal.add_file(FinishedFile(piece.shard, piece.source_digest, self._identities[piece.shard]))
+
+
+def convert_part(
+    reader: TensorReader,
+    kernel: Kernel | None,
+    work: TensorWork,
+    begin: int,
+    end: int,
+    *,
+    written: bool,
+    hashed: bool,
+) -> Converted:
+    """Read bytes [begin, end) of a tensor and convert them, on this thread.
+
+    Args:
+        reader: of the source.
+        kernel: None where nothing is to be quantized.
+        work: the tensor.
+        begin: where it is quantized, the first byte of a row of blocks.
+        end: likewise, or the end of the tensor.
+        written: whether the result is wanted.
+        hashed: whether the bytes read are.
+
+    Raises:
+        BadInput: NaN or infinity (named, with its position), or as the reader raises.
+    """
+    data = reader.bytes(work.info, begin, end)
+    source = data if hashed else None
+    if not written:
+        return Converted(source, [], [], [])
+    if not work.band:
+        refuse_nonfinite(work.info, data, begin)
+        return Converted(source, [data], [], [])
+    import torch
+
+    assert kernel is not None
+    slabs = kernel(torch.from_numpy(data).view(torch_dtype(work.info)).view(-1, work.info.shape[1]))
+    if slabs is None:
+        refuse_nonfinite(work.info, data, begin)
+        raise RuntimeError(f"{work.info.name}: overflow in float32")
+    return Converted(
+        source,
+        [slab.codes.view(torch.uint8).numpy() for slab in slabs],
+        [slab.scales.view(torch.uint8).numpy() for slab in slabs],
+        [slab.figures for slab in slabs],
+    )
 
 
 def _piece_bytes(work: TensorWork) -> int:

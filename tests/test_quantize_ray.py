@@ -1,0 +1,321 @@
+"""A real Ray cluster of two nodes on loopback: the same bytes as on this machine, whoever is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_checkpoint
+from quantizing import contents, run
+
+from packager.artifact import is_sealed
+from packager.checkpoint import Checkpoint
+from packager.checkpoint.header import readable_bytes
+from packager.cli import run as packager_command
+from packager.errors import BadInput, RemoteFailure, UsageProblem
+from packager.publish.loopback_hub import LoopbackHub
+from packager.quantize.journal import JOURNAL_NAME
+from packager.recipe import QuantizeSpec
+
+SPEC = QuantizeSpec(shard_bytes=6_000_000)
+LOOPBACK = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Otherwise Ray takes 127.0.0.1 for "this machine" and looks for it under its outside address.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "0",
+}
+
+
+class TwoNodes:
+    """A cluster of two nodes with a CPU each; the driver's node is never the second one."""
+
+    def __init__(self, folder: str) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 150_000_000}
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={**self._node, "include_dashboard": False, "temp_dir": folder},
+        )
+        self._second: Any = None
+        self.complete()
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def complete(self) -> None:
+        """Start the second node if it is missing."""
+        if self._second is None:
+            self._second = self._cluster.add_node(**self._node)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+    def _workers(self, node: Any) -> list[Any]:
+        import psutil
+
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        found = []
+        for process in raylet.children():
+            with contextlib.suppress(psutil.Error):  # gone meanwhile
+                if "agent" not in " ".join(process.cmdline()).lower():
+                    found.append(process)
+        return found
+
+    def workers(self) -> list[Any]:
+        """Processes that run tasks, on both nodes."""
+        return self._workers(self._cluster.head_node) + self._workers(self._second)
+
+    def kill_a_worker(self) -> None:
+        """One of the driver's node, with what it has been given; the node stays."""
+        worker = self._workers(self._cluster.head_node)[0]
+        worker.suspend()
+        time.sleep(0.5)
+        worker.kill()
+
+    def freeze_second(self) -> None:
+        """Its workers stop where they are: what they have been given stays undone."""
+        for worker in self._workers(self._second):
+            worker.suspend()
+
+    def kill_second(self) -> None:
+        workers = self._workers(self._second)
+        os.kill(self._second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        for worker in workers:
+            worker.kill()
+        self._cluster.remove_node(self._second, allow_graceful=False)
+        self._second = None
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TwoNodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LOOPBACK.items():
+            patch.setenv(name, value)
+        # Workers are started by the nodes, with their environment.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        pytest.importorskip("ray")
+        with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets need a short path
+            nodes = TwoNodes(folder)
+            try:
+                yield nodes
+            finally:
+                nodes.close()
+
+
+@pytest.fixture
+def two_nodes(cluster: TwoNodes) -> TwoNodes:
+    cluster.complete()
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ray") / "source"
+    return write_checkpoint(path, shards=3, num_experts=64, hidden_size=512, moe_intermediate_size=384)
+
+
+@pytest.fixture(scope="module")
+def local(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ray") / "local"
+    run(source, out, SPEC)
+    return out
+
+
+def started(source: str | Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "packager", "quantize", str(source), str(out), "--json"]
+    command += ["--shard-bytes", str(SPEC.shard_bytes), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def on(nodes: TwoNodes) -> tuple[str, ...]:
+    return ("--executor", "ray", "--ray-address", nodes.address)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.002)
+
+
+def finished(out: Path) -> list[str]:
+    """Names of the tensors in the journal of an unfinished output."""
+    journal = out / ".scratch" / JOURNAL_NAME
+    lines = journal.read_text().splitlines()[1:] if journal.is_file() else []
+    return [json.loads(line)["tensor"]["name"] for line in lines if line.startswith('{"tensor"')]
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_what_this_machine_writes_and_says_what_it_would_say(
+    two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
+) -> None:
+    import psutil
+
+    job = started(source, tmp_path / "out", *on(two_nodes))
+    stdout, stderr = job.communicate(timeout=120)
+    assert job.returncode == 0, stderr
+    assert contents(tmp_path / "out") == contents(local)
+    shards = [f"{file.name}: {readable_bytes(file.stat().st_size)}" for file in sorted(local.glob("model-*"))]
+    told = [line for line in stderr.splitlines() if "B/s" not in line]
+    assert told == ["Ray: 2 nodes with 2 CPUs", *shards]
+    assert json.loads(stdout)["path"] == str(tmp_path / "out")
+    listening = {
+        c.laddr.ip
+        for p in two_nodes.workers()
+        for c in p.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_a_worker_and_a_node_killed_in_the_middle_cost_their_tensors_a_second_time_and_nothing_else(
+    two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    job = started(source, out, *on(two_nodes), "--workers", "6")
+    until(lambda: len(finished(out)) >= 5)
+    two_nodes.kill_a_worker()
+    until(lambda: len(finished(out)) >= 40)
+    two_nodes.freeze_second()
+    time.sleep(0.5)  # until those that are not frozen have nothing left to do
+    assert job.poll() is None and not is_sealed(out)
+    two_nodes.kill_second()
+    _, stderr = job.communicate(timeout=120)
+    assert job.returncode == 0, stderr
+    lost = re.findall(r"workers were lost \((\w+)[^)]*\): (\d+) tensors? done again .*, (\d+) so far", stderr)
+    assert len(lost) >= 2 and 2 <= int(lost[-1][2]) <= 12
+    ours = re.compile("Ray: [12] node|workers were lost|model-|.*B/s")
+    assert [line for line in stderr.splitlines() if not ours.match(line)] == []
+    assert contents(out) == contents(local)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_nothing_running_and_either_executor_goes_on(
+    two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
+) -> None:
+    import psutil
+
+    out = tmp_path / "out"
+    before: list[str] = []
+    for share, deadly in ((0.2, signal.SIGKILL), (0.5, signal.SIGINT)):
+        enough = int(share * len(Checkpoint.open(source).tensors))
+        job = started(source, out, *on(two_nodes))
+        until(lambda: len(finished(out)) >= max(enough, len(before) + 10))  # noqa: B023
+        workers = two_nodes.workers()
+        job.send_signal(deadly)
+        _, stderr = job.communicate(timeout=60)
+        assert not is_sealed(out)
+        if deadly == signal.SIGINT:
+            assert job.returncode == 130, stderr
+            assert stderr.splitlines()[-1] == "interrupted; the same command resumes"
+        psutil.wait_procs(workers, timeout=60)
+        assert not any(worker.is_running() for worker in workers)
+        now = finished(out)
+        assert now[: len(before)] == before and len(now) == len(set(now))
+        before = now
+    job = started(source, out)
+    _, stderr = job.communicate(timeout=120)
+    assert job.returncode == 0, stderr
+    assert "kept from an earlier run" in stderr
+    assert contents(out) == contents(local)
+
+
+@pytest.mark.slow
+def test_nan_at_a_worker_is_the_error_that_it_is_here(
+    two_nodes: TwoNodes, source: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in source.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    opened = Checkpoint.open(damaged)
+    name = "model.layers.1.mlp.experts.7.up_proj.weight"
+    info = opened.tensors[name]
+    with (damaged / info.shard).open("r+b") as handle:
+        handle.seek(opened.shards[info.shard].data_start + info.begin + 2 * (3 * info.shape[1] + 5))
+        handle.write(b"\xc0\x7f")
+    with pytest.raises(BadInput) as here:
+        run(damaged, tmp_path / "here", SPEC)
+    job = started(damaged, tmp_path / "there", *on(two_nodes))
+    _, stderr = job.communicate(timeout=120)
+    assert here.value.message == f"{name}[3, 5] is NaN (in {info.shard})"
+    assert job.returncode == 3
+    assert stderr.splitlines()[-2:] == [f"error: {here.value.message}", f"what to do: {here.value.remedy}"]
+    assert "workers were lost" not in stderr
+
+
+@pytest.mark.slow
+def test_workers_read_a_source_on_the_hub_by_ranges(
+    two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    with LoopbackHub(tmp_path / "hub", storage_host=True) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        api = HfApi(endpoint=server.url, token="t")
+        api.create_repo("org/model")
+        api.upload_folder(repo_id="org/model", folder_path=source, commit_message="add")
+        job = started("hf://org/model@main", tmp_path / "out", *on(two_nodes))
+        _, stderr = job.communicate(timeout=120)
+    assert job.returncode == 0, stderr
+    assert contents(tmp_path / "out") == contents(local)
+
+
+# ---- without a cluster ----------------------------------------------------------------------------------
+
+
+def test_without_ray_the_error_says_what_to_install(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageProblem, match="ray is not installed") as caught:
+        run(tiny_checkpoint, tmp_path / "out", executor="ray", ray_address="127.0.0.1:1")
+    assert "moe-packager[ray]" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "says"),
+    [
+        (None, UsageProblem, "no Ray cluster is named"),
+        ("auto", UsageProblem, "'auto' is no address"),
+        ("ray://127.0.0.1:10001", UsageProblem, "is no address"),
+        ("127.0.0.1:1", RemoteFailure, "no Ray cluster answers at 127.0.0.1:1"),
+    ],
+)
+def test_an_address_where_no_cluster_is_fails_at_once(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    error: type[Exception],
+    says: str,
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(error, match=says):
+        run(tiny_checkpoint, tmp_path / "out", executor="ray", ray_address=address)
+
+
+def test_an_address_without_its_executor_is_not_passed_over_in_silence(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(tiny_checkpoint), str(tmp_path / "out"), "--ray-address", "127.0.0.1:6379"]
+    assert packager_command(command) == 2
+    assert "--ray-address is of use with --executor ray only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
