@@ -156,7 +156,8 @@ def _kept(layout: Collection[Expected], quantized: Container[str]) -> list[Expec
 
 
 def ignored_modules(layout: Collection[Expected], quantized: Container[str]) -> list[str]:
-    """The `ignore` list of compressed-tensors: patterns for what is never quantized, names for what is left alone in this checkpoint."""
+    """The `ignore` list of compressed-tensors: patterns for what is never quantized, names for what is left
+    alone in this checkpoint."""
     names: list[str] = []
     touched = {_in_layer(want)[0] for want in layout if want.name in quantized}
     for want in _kept(layout, quantized):
