@@ -28,6 +28,7 @@ from packager.layouts import (
 )
 from packager.quantize import fidelity
 from packager.quantize.dialects import quantization_config, refuse_quantized
+from packager.quantize.disk import probe
 from packager.quantize.dry_run import DryRun, plan_dry_run
 from packager.quantize.fidelity import LEDGER_NAME, LedgerEntry
 from packager.quantize.journal import TensorJournal
@@ -45,6 +46,8 @@ Executor = Literal["local", "ray"]
 _TORCH_BYTES = 400_000_000
 DEFAULT_MAX_MEMORY = 1_500_000_000
 _LISTED = 20
+_WORTH_PROBING = 8_000_000_000
+"""Bytes of source that take so long that people look at the progress."""
 _KERNEL_MEMORY = 50_000_000
 """Bytes of temporaries of a worker whose kernel runs op by op."""
 
@@ -198,8 +201,18 @@ def _run_here(
     workers = settings.workers or len(os.sched_getaffinity(0))
     memory = _memory_for_pieces(settings.max_memory, workers, _KERNEL_MEMORY)
     stream = Stream(job.checkpoint, job.works, outputs, journal, kernel)
-    stream.run(workers, memory, progress)
+    stream.run(workers, memory, progress, disk_rate=_disk_rate(job, outputs))
     return stream
+
+
+def _disk_rate(job: _Job, outputs: OutputShards) -> float | None:
+    """Bytes of source a second that the disks allow; None: not known, or not worth the second it takes."""
+    folder = job.checkpoint.folder.path
+    if folder is None or job.checkpoint.nbytes < _WORTH_PROBING:
+        return None
+    found = probe(folder / list(job.checkpoint.shards)[-1], outputs.scratch)
+    written = sum(spec.nbytes for plan in job.shards for spec in plan.tensors)
+    return found.bound(written / job.checkpoint.nbytes) if found else None
 
 
 def _run_on_ray(

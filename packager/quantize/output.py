@@ -134,7 +134,12 @@ class OutputShards:
             self.unnamed.append(plan.name)
 
     def _scratch(self, shard: str) -> Path:
-        return self._writer.scratch / shard
+        return self.scratch / shard
+
+    @property
+    def scratch(self) -> Path:
+        """Folder of shards that are not finished."""
+        return self._writer.scratch
 
     @property
     def remaining_bytes(self) -> int:

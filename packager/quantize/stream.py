@@ -205,13 +205,21 @@ class Stream:
 
     # ---- the calling thread ---------------------------------------------------------------------------
 
-    def run(self, workers: int, memory: int, progress: Callable[[str], None]) -> None:
+    def run(
+        self,
+        workers: int,
+        memory: int,
+        progress: Callable[[str], None],
+        *,
+        disk_rate: float | None = None,
+    ) -> None:
         """Do all of it, with this many threads.
 
         Args:
             workers: threads; each converts, hashes, reads and writes.
             memory: bytes that pieces on their way may take; one piece is always let through.
             progress: called on this thread with a line a shard and one every few seconds.
+            disk_rate: bytes of source a second that the disks allow, to compare with; None: not known.
 
         Raises:
             BadInput: NaN or infinity (named, with its position); the source changed while it was read; the
@@ -232,7 +240,7 @@ class Stream:
                     progress(line)
                 if time.monotonic() - spoke >= _PROGRESS_SECONDS:
                     spoke = time.monotonic()
-                    progress(self._status(total, spoke - began))
+                    progress(self._status(total, spoke - began, disk_rate))
         finally:
             with self._changed:
                 self._stopped = True
@@ -258,11 +266,13 @@ class Stream:
                 return self._unnamed.popleft()
             return None if self._stopped else ""
 
-    def _status(self, total: int, seconds: float) -> str:
+    def _status(self, total: int, seconds: float, disk_rate: float | None) -> str:
         done, current = self._bytes_done, self._current
         rate = done / seconds
         left = f", {_duration((total - done) / rate)} left" if done else ""
         speed = f"{readable_bytes(int(rate))}/s"
+        if disk_rate is not None:
+            speed += f" of {readable_bytes(int(disk_rate))}/s that the disks allow"
         return f"{readable_bytes(done)} of {readable_bytes(total)}, {speed}{left}: {current}"
 
     # ---- worker threads -------------------------------------------------------------------------------
