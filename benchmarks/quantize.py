@@ -47,9 +47,9 @@ from packager.quantize.stream import Stream
 from packager.recipe import QuantizeSpec
 
 real, moments = Stream.run, {}
-def timed(self, workers, memory, progress):
+def timed(self, *arguments, **options):
     moments["ready"], moments["stream"] = time.monotonic(), self
-    real(self, workers, memory, progress)
+    real(self, *arguments, **options)
 Stream.run = timed
 lines, samples, over = [], [], threading.Event()
 def watch():

@@ -184,3 +184,15 @@ def test_ci_runs_the_whole_test_command() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--sustained"]], ids=["peers", "sustained"])
+def test_the_benchmark_runs(more: list[str], tmp_path: Path) -> None:
+    """On a hundredth of its size: what it measures is not looked at."""
+    command = [sys.executable, ROOT / "benchmarks/quantize.py", "--gigabytes", "0.1", "--repeats", "1"]
+    command += ["--kernel", "eager", "--folder", tmp_path, *more]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "GB/s" in done.stdout
+    assert not list(tmp_path.iterdir())
