@@ -34,8 +34,17 @@ LEVEL = {
 # A layout is stated in terms of tensors on disk; BailingMoeV2's is one of several.
 PAIRS = {("layouts", "checkpoint"), ("bailing", "checkpoint"), ("bailing", "layouts")}
 MAY_VALIDATE = {"cli", "release", "serving", "bundle"}
-HEAVY = ("torch", "transformers", "vllm", "scipy", "matplotlib", "speculators", "llmcompressor", "datasets")
-HEAVY += ("ray",)
+HEAVY = (
+    "torch",
+    "transformers",
+    "vllm",
+    "scipy",
+    "matplotlib",
+    "speculators",
+    "llmcompressor",
+    "datasets",
+    "ray",
+)
 
 
 def _imports(text: str, package: tuple[str, ...]) -> Iterator[tuple[str, int]]:
