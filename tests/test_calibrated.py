@@ -393,6 +393,15 @@ def test_our_readers_refuse_four_bit_floats_by_name(scheme: CalibratedScheme, ma
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gptq-w4a16", "awq-w4a16", "nvfp4"])
+def test_the_same_inputs_give_the_same_bytes(
+    scheme: CalibratedScheme, small: Path, data: Path, made: Make, tmp_path: Path
+) -> None:
+    fields = {"samples": 3, "sequence_length": 32, "shard_bytes": 300_000}
+    assert run(small, tmp_path / "out", scheme, data, **fields).digest == read_manifest(made(scheme)).digest
+
+
+@pytest.mark.slow
 def test_one_token_calibrates_all_experts_alike(small: Path, data: Path, tmp_path: Path) -> None:
     run(small, tmp_path / "out", "nvfp4", data, samples=1, sequence_length=1)
     found = Checkpoint.open(tmp_path / "out")

@@ -79,7 +79,8 @@ def memory_needed(
     """Peak memory of a calibration on `tokens` tokens of a model whose tensors take `model_bytes`.
 
     GPTQ: an FP32 Hessian [K, K] for each weight [N, K] of a layer, every expert's included. AWQ: the inputs
-    of each weight's parent for every token, and a copy of the layer.
+    of each weight's parent for every token, and a copy of the layer. Resident size may show more: pages of
+    the source's files stay mapped until the system wants them back.
     """
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     moe = config.moe_layers > 0
