@@ -133,9 +133,12 @@ def _compile(scheme: Scheme, dtypes: Iterable[torch.dtype], cache: Path) -> Arit
     with torch.no_grad():
         for dtype in dtypes:
             for rows, columns in ((2 * BLOCK, 3 * BLOCK), (3 * BLOCK, 2 * BLOCK)):
-                values = torch.randn(rows, columns, generator=generator)
+                values = torch.randn(rows + BLOCK, columns, generator=generator)
                 values[:BLOCK] *= torch.logspace(-9, 2, columns)
-                sample = (values * 0.02).to(dtype)
+                # Some rows of a view of bytes, as the stream gives them: Dynamo's guards look at what a view
+                # is of, and each worker would compile once more.
+                data = (values * 0.02).to(dtype).view(torch.uint8).flatten().clone()
+                sample = data.view(dtype).view(-1, columns)[:rows]
                 found, wanted = scheme.slab(sample, compiled), scheme.slab(sample)
                 if found is None or wanted is None or not _same(found, wanted):
                     raise RuntimeError("its codes are not those of the definition")

@@ -108,9 +108,9 @@ class _Release:
         from packager.serving import fp8_runs_here
 
         recipe, ws, run = self.recipe, self.workspace, self.pipeline.run
-        native, reason = fp8_runs_here()
+        native, reason = fp8_runs_here(recipe.quantize.scheme)
         if not native:
-            self.say(f"{reason}; FP8 weights are served dequantized to BF16, and the evidence says so")
+            self.say(f"{reason}; quantized weights are served dequantized to BF16, and the evidence says so")
         fp8 = run(
             Stage(
                 "quantize",

@@ -40,8 +40,8 @@ def _processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def fp8_runs_here() -> tuple[bool, str]:
-    """Whether vLLM serves block FP8 weights on this machine as they are, and the reason in a sentence.
+def fp8_runs_here(scheme: str = "fp8-block") -> tuple[bool, str]:
+    """Whether vLLM serves weights of a scheme on this machine as they are, and the reason in a sentence.
 
     On a processor both the linear and the mixture-of-experts kernels are AMX tile kernels (vLLM 0.32:
     kernels/linear/scaled_mm/cpu.py, layers/fused_moe/experts/cpu_moe.py) with no fallback. Where FP8 does not
@@ -49,6 +49,8 @@ def fp8_runs_here() -> tuple[bool, str]:
     """
     if device() == "cuda":
         return True, "a GPU serves block FP8 natively or through weight-only kernels"
+    if scheme != "fp8-block":
+        return False, f"vLLM has no mixture-of-experts kernel for {scheme} on a processor"
     if "amx_tile" in _processor_flags():
         return True, "this CPU has AMX (amx_tile): vLLM's FP8 block kernels run"
     return False, "this CPU has no AMX (amx_tile): vLLM has no FP8 block kernel for it"
