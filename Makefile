@@ -64,8 +64,11 @@ venv:  ## make .venv if it is missing or the lock has changed
 demo: venv  ## the whole release of the nano model, end to end, on this machine
 	@exec $(BIN)/packager release recipes/nano.yaml --workspace $(WORKSPACE)
 
+# Two processes of one thread each: two of two threads wait for one another at every barrier. Engines come after,
+# one at a time.
 test: venv  ## every test this machine can run
-	@exec $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not engine"
+	$(BIN)/python -m pytest -q -m engine
 
 check: lint  ## before each commit: lint and the quick tests
 	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -q -n 2 -m "not slow and not engine" --ignore tests/test_layers.py
