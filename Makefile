@@ -67,8 +67,10 @@ demo: venv  ## the whole release of the nano model, end to end, on this machine
 # Two processes of one thread each: two of two threads wait for one another at every barrier. Engines come after,
 # one at a time.
 test: venv  ## every test this machine can run
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not engine"
-	$(BIN)/python -m pytest -q -m engine
+	@failed=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not engine" || failed=1
+	$(BIN)/python -m pytest -q -m engine || failed=1
+	exit $$failed
 
 check: lint  ## before each commit: lint and the quick tests
 	@OMP_NUM_THREADS=1 exec $(BIN)/python -m pytest -q -n 2 -m "not slow and not engine" --ignore tests/test_layers.py

@@ -133,6 +133,40 @@ def test_llmcompressor_output_is_sound_and_its_codes_are_rounded_twice(
         assert abs(int(mismatch.found, 16) - int(mismatch.expected, 16)) == 1
 
 
+@pytest.mark.slow
+def test_power_of_two_scales_survive_what_vllm_does_to_weights_on_hopper(tmp_path: Path) -> None:
+    """vLLM's own code that prepares weights for DeepGEMM. It is why such scales are the default: weights with
+    other ones are rounded a second time."""
+    import torch
+    from safetensors.torch import load_file
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import requant_weight_ue8m0_inplace
+
+    source = load_file(NANO / "model.safetensors")
+    noise: dict[str, list[float]] = {}
+    for rounding in ("power-of-two", "float32"):
+        fp8 = convert(NANO, tmp_path / rounding, "compressed-tensors", rounding)
+        stored = {name: part for file in fp8.glob("*.safetensors") for name, part in load_file(file).items()}
+        before, after, signal = 0.0, 0.0, 0.0
+        for name, codes in stored.items():
+            if codes.dtype != torch.float8_e4m3fn:
+                continue
+            scale, was = stored[f"{name}_scale"], source[name].double()
+
+            def values(codes: torch.Tensor = codes, scale: torch.Tensor = scale) -> torch.Tensor:
+                spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+                return codes.double() * spread[: codes.shape[0], : codes.shape[1]]
+
+            signal += float((was**2).sum())
+            before += float(((values() - was) ** 2).sum())
+            requant_weight_ue8m0_inplace(codes, scale)
+            after += float(((values() - was) ** 2).sum())
+        noise[rounding] = [10 * np.log10(signal / part) for part in (before, after)]
+    print(noise)
+    assert noise["power-of-two"][0] == noise["power-of-two"][1]
+    assert noise["float32"][1] < noise["float32"][0] - 2
+    assert noise["power-of-two"][1] > noise["float32"][1] + 2
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_vllm_answers_from_our_file_as_well_as_from_llmcompressors(
