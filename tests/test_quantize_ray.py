@@ -159,6 +159,7 @@ def finished(out: Path) -> list[str]:
     return [json.loads(line)["tensor"]["name"] for line in lines if line.startswith('{"tensor"')]
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_a_cluster_writes_what_this_machine_writes_and_says_what_it_would_say(
     two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
@@ -182,6 +183,7 @@ def test_a_cluster_writes_what_this_machine_writes_and_says_what_it_would_say(
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_a_worker_and_a_node_killed_in_the_middle_cost_their_tensors_a_second_time_and_nothing_else(
     two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
@@ -204,6 +206,7 @@ def test_a_worker_and_a_node_killed_in_the_middle_cost_their_tensors_a_second_ti
     assert contents(out) == contents(local)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_running_and_either_executor_goes_on(
     two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
@@ -214,17 +217,14 @@ def test_a_killed_driver_leaves_nothing_running_and_either_executor_goes_on(
     before: list[str] = []
     for share, deadly in ((0.2, signal.SIGKILL), (0.4, signal.SIGINT)):
         enough = int(share * len(Checkpoint.open(source).tensors))
-        # One task at a time, and none goes on from here: or all might be done before the signal comes.
+        # One task at a time, and the driver waits while we look: else all might be done before the signal.
         job = started(source, out, *on(two_nodes), "--workers", "1")
         until(lambda: len(finished(out)) >= max(enough, len(before) + 10))  # noqa: B023
+        job.send_signal(signal.SIGSTOP)
         workers = two_nodes.workers()
-        for worker in workers:
-            worker.suspend()
         job.send_signal(deadly)
+        job.send_signal(signal.SIGCONT)
         _, stderr = job.communicate(timeout=60)
-        for worker in workers:
-            if worker.is_running():
-                worker.resume()
         assert not is_sealed(out)
         if deadly == signal.SIGINT:
             assert job.returncode == 130, stderr
@@ -241,6 +241,7 @@ def test_a_killed_driver_leaves_nothing_running_and_either_executor_goes_on(
     assert contents(out) == contents(local)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_nan_at_a_worker_is_the_error_that_it_is_here(
     two_nodes: TwoNodes, source: Path, tmp_path: Path
@@ -265,6 +266,7 @@ def test_nan_at_a_worker_is_the_error_that_it_is_here(
     assert "workers were lost" not in stderr
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_workers_read_a_source_on_the_hub_by_ranges(
     two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
