@@ -6,12 +6,14 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import MakeCheckpoint
 from quantizing import EVERY_SCHEME, SCHEMES, contents, run
 
@@ -19,9 +21,9 @@ from packager.artifact import is_sealed, read_manifest
 from packager.checkpoint import Checkpoint
 from packager.cli import run as run_command
 from packager.errors import GateFailed, UsageProblem
-from packager.quantize import diff, quantize
+from packager.quantize import compiled, diff, quantize
 from packager.quantize.fidelity import LEDGER_NAME, Figures, LedgerEntry, by_layer, require_snr
-from packager.quantize.kernel import choose_kernel
+from packager.quantize.kernel import Kernel, choose_kernel
 from packager.quantize.schemes import scheme_of
 from packager.quantize.stream import PIECE_BYTES
 from packager.recipe import QuantizeSpec, SchemeName
@@ -53,7 +55,6 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_other_float_types_are_read_too(make_checkpoint: MakeCheckpoint, tmp_path: Path, dtype: str) -> None:
-    import torch
     from safetensors.torch import load_file, save_file
 
     source = make_checkpoint()
@@ -64,26 +65,34 @@ def test_other_float_types_are_read_too(make_checkpoint: MakeCheckpoint, tmp_pat
     assert diff(source, tmp_path / "out").roles["routed_expert"]["worst_snr_db"] > 31
 
 
+BY_CHANNEL: list[SchemeName] = ["w8a8", "fp8-channel"]
 COMPILED = """
 import json, os, sys
 from pathlib import Path
-import torch
 from packager.quantize import quantize
 from packager.recipe import QuantizeSpec
 lines = []
 spec = QuantizeSpec(shard_bytes=3_000_000, scheme=sys.argv[3], scale_rounding=sys.argv[4])
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), spec, recipe_digest="x", progress=lines.append, workers=3,
          kernel="compiled")
-from torch._dynamo.utils import counters
-print(json.dumps({"lines": lines, "graphs": counters["stats"]["unique_graphs"]}))
+print(json.dumps({"lines": lines, "modules": sorted(sys.modules)}))
 """
+
+
+def compiled_elsewhere(source: Path, out: Path, spec: QuantizeSpec) -> dict[str, list[str]]:
+    """What a process that was told to use the compiled kernel said, and what it had imported."""
+    command = [sys.executable, "-c", COMPILED, source, out, spec.scheme, spec.scale_rounding]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    result: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", EVERY_SCHEME, ids=lambda spec: f"{spec.scheme}-{spec.scale_rounding}")
-def test_the_compiled_kernel_gives_the_same_bytes_and_is_not_made_for_each_shape(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, spec: QuantizeSpec
+def test_the_compiled_kernel_gives_the_same_bytes_and_is_made_once(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: QuantizeSpec
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # 4000 is no multiple of 128: blocks are cut at its edge.
     width = 3968 if spec.scheme == "int4-g128" else 4000
     source = make_checkpoint(
@@ -91,49 +100,63 @@ def test_the_compiled_kernel_gives_the_same_bytes_and_is_not_made_for_each_shape
     )
     spec = spec.model_copy(update={"shard_bytes": 3_000_000})
     quantize(source, tmp_path / "eager", spec, recipe_digest="x", progress=lambda _: None, kernel="eager")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            COMPILED,
-            str(source),
-            str(tmp_path / "compiled"),
-            spec.scheme,
-            spec.scale_rounding,
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout.splitlines()[-1])
-    if not any("kernel: compiled" in line for line in result["lines"]):
-        pytest.skip(f"no compiled kernel here: {result['lines']}")
-    assert contents(tmp_path / "compiled") == contents(tmp_path / "eager")
-    shapes = {info.shape for info in Checkpoint.open(source).tensors.values() if len(info.shape) == 2}
-    assert result["graphs"] <= 3 < len(shapes)  # sizes are variables of the kernel
+    first = compiled_elsewhere(source, tmp_path / "first", spec)
+    if not any("kernel: compiled" in line for line in first["lines"]):
+        pytest.skip(f"no compiled kernel here: {first['lines']}")
+    assert contents(tmp_path / "first") == contents(tmp_path / "eager")
+    made = list((tmp_path / "cache" / "moe-packager" / "kernels").iterdir())
+    assert len(made) == 1  # sizes are variables of the kernel, and nothing else is left lying about
+    again = compiled_elsewhere(source, tmp_path / "again", spec)
+    assert again["lines"][0] == "kernel: compiled by Inductor"
+    assert not any(name.startswith(("torch._inductor.", "torch._dynamo.")) for name in again["modules"])
+    assert contents(tmp_path / "again") == contents(tmp_path / "eager")
+
+
+def kernel_for(spec: QuantizeSpec, lines: list[str]) -> Kernel:
+    scheme = scheme_of(spec)
+    return choose_kernel("compiled", scheme, dtypes=[torch.bfloat16], nbytes=10**12, progress=lines.append)
 
 
 def test_without_a_compiler_the_definition_itself_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     lines: list[str] = []
-    kernel = choose_kernel(
-        "compiled",
-        scheme_of(QuantizeSpec()),
-        dtypes=[torch.bfloat16],
-        nbytes=10**12,
-        progress=lines.append,
-    )
+    kernel = kernel_for(QuantizeSpec(), lines)
     assert lines[-1] == "kernel: eager PyTorch, op by op (no compiled one: no C++ compiler found)"
     slabs = kernel(torch.ones(256, 128, dtype=torch.bfloat16))
     assert slabs is not None
     assert torch.cat([slab.scales for slab in slabs]).tolist() == [[2.0**-8], [2.0**-8]]
+
+
+@pytest.mark.slow
+def test_a_kept_library_is_used_by_many_threads_and_trusted_only_if_it_computes_what_it_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lines: list[str] = []
+    spec, other = (QuantizeSpec(scheme=name, scale_rounding="float32") for name in BY_CHANNEL)
+    kernel = kernel_for(spec, lines)
+    if lines[-1] != "kernel: compiled by Inductor":
+        pytest.skip(f"no compiled kernel here: {lines}")
+    weights = [torch.randn(384, 640).to(torch.bfloat16) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        several = list(pool.map(kernel, weights * 25))
+    for found, rows in zip(several, weights * 25, strict=True):
+        wanted = kernel.scheme.slab(rows)
+        assert found is not None and wanted is not None
+        assert torch.equal(torch.cat([slab.codes for slab in found]), wanted.codes)
+    # Half a library, then that of another scheme, under the name of one that was never compiled.
+    own, wrong = (compiled.library_of(scheme_of(s), torch.bfloat16) for s in (spec, other))
+    good = own.read_bytes()
+    for data, reason in ((good[:99], f"{wrong}: "), (good, "not those of the definition")):
+        wrong.write_bytes(data)
+        lines.clear()
+        assert kernel_for(other, lines).title == "eager PyTorch, op by op"
+        assert reason in lines[-1]
+        assert not wrong.exists()
 
 
 # ---- memory ---------------------------------------------------------------------------------------------
@@ -262,7 +285,6 @@ def test_a_weight_halfway_between_two_codes_fails_the_default_gate(
 
 
 def test_figures_do_not_depend_on_how_the_weights_are_cut() -> None:
-    import torch
 
     weight = torch.randn(512, 384, generator=torch.Generator().manual_seed(3)).bfloat16()
     for scheme in map(scheme_of, EVERY_SCHEME):

@@ -66,4 +66,5 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     import torch
 
     pairs = (codes + 8).view(torch.int16)  # little-endian: the even column in the low byte
-    return ((pairs | (pairs >> 4)) & 0xFF).to(torch.uint8)
+    pairs |= pairs >> 4
+    return pairs.to(torch.uint8)  # the low byte
