@@ -37,6 +37,17 @@ def block_scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     return torch.where(amax == 0, torch.ones_like(scales), scales)
 
 
+def block_max(values: torch.Tensor) -> torch.Tensor:
+    """Of [R, r, C, c], the largest value of each block: [R, C]."""
+    # Row by row, then over the rows: so Inductor computes codes and figures in one and the same loop.
+    return values.amax(dim=3).amax(dim=1)
+
+
+def block_sum(values: torch.Tensor) -> torch.Tensor:
+    """Of [R, r, C, c], the sum of each block: [R, C]."""
+    return values.sum(dim=3).sum(dim=1)
+
+
 def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
     """Quantize [R, r, C, c] of any float dtype: R x C blocks of r rows and c columns. See `Quantized`.
 
@@ -46,7 +57,7 @@ def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
     import torch
 
     wide = blocks.float()
-    amax = wide.abs().amax(dim=(1, 3))
+    amax = block_max(wide.abs())
     scales = block_scales(amax, power_of_two)
     spread = scales[:, None, :, None]
     if power_of_two:
@@ -58,16 +69,16 @@ def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
         # Values exceed 448 by the rounding of their scale only; E4M3 has no infinity to overflow to.
         scaled = wide / spread
         codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        clamped = (scaled.abs() > E4M3_MAX).float().sum(dim=(1, 3))
+        clamped = block_sum((scaled.abs() > E4M3_MAX).float())
     error = codes.float() * spread - wide
     return (
         codes,
         scales,
         amax,
-        (wide * wide).sum(dim=(1, 3)),
-        (error * error).sum(dim=(1, 3)),
-        (wide * error).sum(dim=(1, 3)),
-        error.abs().amax(dim=(1, 3)),
+        block_sum(wide * wide),
+        block_sum(error * error),
+        block_sum(wide * error),
+        block_max(error.abs()),
         clamped,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from packager.quantize.fp8_block import SMALLEST_SCALE, Quantized
+from packager.quantize.fp8_block import SMALLEST_SCALE, Quantized, block_max, block_sum
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def quantize_integers(blocks: torch.Tensor, bits: int, bfloat16_scales: bool) ->
     import torch
 
     wide = blocks.float()
-    amax = wide.abs().amax(dim=(1, 3))
+    amax = block_max(wide.abs())
     scales = (amax / ((2**bits - 1) / 2)).clamp(min=SMALLEST_SCALE)
     if bfloat16_scales:
         scales = bfloat16_values(scales)
@@ -50,11 +50,11 @@ def quantize_integers(blocks: torch.Tensor, bits: int, bfloat16_scales: bool) ->
         values.to(torch.int8),
         scales,
         amax,
-        (wide * wide).sum(dim=(1, 3)),
-        (error * error).sum(dim=(1, 3)),
-        (wide * error).sum(dim=(1, 3)),
-        error.abs().amax(dim=(1, 3)),
-        ends.float().sum(dim=(1, 3)),
+        block_sum(wide * wide),
+        block_sum(error * error),
+        block_sum(wide * error),
+        block_max(error.abs()),
+        block_sum(ends.float()),
     )
 
 
