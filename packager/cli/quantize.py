@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
+from packager.cli import options
+from packager.cli.output import print_sealed_json, progress
 from packager.quantize.kernel import Choice
 from packager.recipe import SCALE_ROUNDINGS, QuantizeSpec, ScaleRounding, SchemeName, TensorRule
 
@@ -70,13 +72,7 @@ def _rules(
     help="Default: power-of-two for fp8-block, where such scales survive Hopper's DeepGEMM unchanged; "
     "float32 for fp8-channel and w8a8; bfloat16 for int4-g128.",
 )
-@click.option(
-    "--shard-bytes",
-    type=click.IntRange(min=1),
-    default=5_000_000_000,
-    show_default=True,
-    help="Largest data section of an output shard.",
-)
+@options.shard_bytes
 @click.option(
     "--mtp",
     type=click.Choice(["drop", "keep", "quantize"]),
@@ -131,7 +127,7 @@ def _rules(
     "from the hub.",
 )
 @click.option("--ray-address", default=None, help="HOST:PORT of the Ray cluster. Default: RAY_ADDRESS.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(
     source: str,
     out: Path | None,
@@ -188,7 +184,7 @@ def command(
         out,
         spec,
         recipe_digest=spec.digest,
-        progress=lambda line: click.echo(line, err=True),
+        progress=progress,
         workers=workers,
         max_memory=max_memory,
         kernel=kernel,
@@ -197,7 +193,7 @@ def command(
         ray_address=ray_address,
     )
     if as_json:
-        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
+        print_sealed_json(out, manifest)
         return
     _print(out, manifest.digest, manifest.metrics)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import click
+
+from packager.cli import options
+from packager.cli.output import print_sealed_json
 
 
 @click.command(name="relabel")
@@ -18,7 +20,7 @@ import click
     required=True,
     help="The dialect to write.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(
     source: str, out: Path, dialect: Literal["compressed-tensors", "deepseek"], as_json: bool
 ) -> None:
@@ -31,7 +33,7 @@ def command(
 
     manifest = relabel(locate(source), out, dialect)
     if as_json:
-        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
+        print_sealed_json(out, manifest)
     else:
         shards = len(manifest.metrics["data_sha256"])
         click.echo(f"{shards} shard(s) in the {dialect} dialect, data unchanged\n{out}  {manifest.digest}")
