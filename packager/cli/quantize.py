@@ -12,8 +12,17 @@ import click
 
 from packager.cli import options
 from packager.cli.output import print_sealed_json, progress
+from packager.quantize.convert import Executor
 from packager.quantize.kernel import Choice
-from packager.recipe import SCALE_ROUNDINGS, QuantizeSpec, ScaleRounding, SchemeName, TensorRule
+from packager.recipe import (
+    SCALE_ROUNDINGS,
+    Dialect,
+    Prediction,
+    QuantizeSpec,
+    ScaleRounding,
+    SchemeName,
+    TensorRule,
+)
 
 if TYPE_CHECKING:
     from packager.quantize.dry_run import DryRun
@@ -60,7 +69,7 @@ def _rules(
 )
 @click.option(
     "--dialect",
-    type=click.Choice(["compressed-tensors", "deepseek"]),
+    type=click.Choice(get_args(Dialect)),
     default="compressed-tensors",
     show_default=True,
     help="How the config and the scales are named; the data is the same. deepseek: fp8-block only.",
@@ -75,7 +84,7 @@ def _rules(
 @options.shard_bytes
 @click.option(
     "--mtp",
-    type=click.Choice(["drop", "keep", "quantize"]),
+    type=click.Choice(get_args(Prediction)),
     default="drop",
     show_default=True,
     help="Multi-token prediction layers: left out, as they are, or quantized as the others are.",
@@ -106,7 +115,7 @@ def _rules(
 )
 @click.option(
     "--kernel",
-    type=click.Choice(["auto", "compiled", "eager"]),
+    type=click.Choice(get_args(Choice)),
     default="auto",
     show_default=True,
     help="auto: the compiled kernel where the checkpoint is large enough to pay for its start-up.",
@@ -120,7 +129,7 @@ def _rules(
 )
 @click.option(
     "--executor",
-    type=click.Choice(["local", "ray"]),
+    type=click.Choice(get_args(Executor)),
     default="local",
     show_default=True,
     help="ray: tensors are converted by a cluster whose nodes see SOURCE under the same path, or read it "
@@ -132,17 +141,17 @@ def command(
     source: str,
     out: Path | None,
     scheme: SchemeName | Literal["bf16"],
-    dialect: Literal["compressed-tensors", "deepseek"],
+    dialect: Dialect,
     scale_rounding: ScaleRounding | None,
     shard_bytes: int,
-    mtp: Literal["drop", "keep", "quantize"],
+    mtp: Prediction,
     rules: tuple[TensorRule, ...],
     only_plan: bool,
     workers: int | None,
     max_memory: int | None,
     kernel: Choice,
     min_snr_db: float | None,
-    executor: Literal["local", "ray"],
+    executor: Executor,
     ray_address: str | None,
     as_json: bool,
 ) -> None:

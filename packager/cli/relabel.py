@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 
 from packager.cli import options
 from packager.cli.output import print_sealed_json
+from packager.recipe import Dialect
 
 
 @click.command(name="relabel")
@@ -16,14 +17,12 @@ from packager.cli.output import print_sealed_json
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--dialect",
-    type=click.Choice(["compressed-tensors", "deepseek"]),
+    type=click.Choice(get_args(Dialect)),
     required=True,
     help="The dialect to write.",
 )
 @options.as_json
-def command(
-    source: str, out: Path, dialect: Literal["compressed-tensors", "deepseek"], as_json: bool
-) -> None:
+def command(source: str, out: Path, dialect: Dialect, as_json: bool) -> None:
     """Write the block-FP8 checkpoint SOURCE into the new folder OUT under another dialect.
 
     Only tensor names, headers and the config change; the data is copied and its hash recorded.

@@ -10,9 +10,9 @@ from packager.checkpoint.source import CONFIG_NAME, INDEX_NAME, TensorReader
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, carry_over, write_index
 from packager.errors import BadInput, UsageProblem
 from packager.quantize.convert import require_space
-from packager.quantize.dialects import SCALE_SUFFIX, Dialect, Quantization, quantization_config
+from packager.quantize.dialects import SCALE_SUFFIX, Quantization, quantization_config
 from packager.quantize.quantized import WeightCheckpoint
-from packager.recipe import Spec
+from packager.recipe import Dialect, Spec
 
 STAGE = "relabel"
 
