@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +16,10 @@ from packager.checkpoint.header import TensorInfo, readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint
 from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, write_index
 from packager.errors import BadInput, UsageProblem
-from packager.layouts import (
-    Decisions,
-    Do,
-    Expected,
-    Model,
-    PredictionLayers,
-    count_parameters,
-    decide,
-    recognise,
-)
+from packager.layouts import Do, Expected, count_parameters
 from packager.quantize import fidelity
-from packager.quantize.dialects import quantization_config, refuse_quantized
+from packager.quantize.decided import DecidedCheckpoint
+from packager.quantize.dialects import quantization_config
 from packager.quantize.disk import probe
 from packager.quantize.dry_run import DryRun, plan_dry_run
 from packager.quantize.fidelity import LEDGER_NAME, LedgerEntry
@@ -56,17 +48,21 @@ _KERNEL_MEMORY = 50_000_000
 class _Job:
     """All that the conversion needs to know before it reads a byte of data."""
 
-    checkpoint: Checkpoint
-    raw_config: dict[str, Any]
-    config: Model
-    decisions: Decisions
-    layout: dict[str, Expected]
+    source: DecidedCheckpoint
     spec: QuantizeSpec
     scheme: Scheme
     works: dict[str, TensorWork]
     shards: list[ShardPlan]
-    dropped: list[Expected]
-    """Prediction layers, unless the spec has them, and what its rules or the layout drop."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source's files."""
+        return self.source.checkpoint
+
+    @cached_property
+    def dropped(self) -> list[Expected]:
+        """Prediction layers, unless the spec has them, and what its rules or the layout drop."""
+        return self.source.decisions.those(Do.DROP)
 
 
 def quantize(
@@ -128,8 +124,8 @@ def quantize(
             return found
     if job.dropped:
         progress(f"leaving out {len(job.dropped)} tensors")
-    if (prediction := PredictionLayers.of(job.config, job.decisions)).found:
-        progress(str(prediction))
+    if job.source.prediction.found:
+        progress(str(job.source.prediction))
     # The digest of the source is known once it has been read: until then its outline and the tensor journal
     # stand for it.
     key = {"source": outline(job.checkpoint)}
@@ -150,7 +146,10 @@ def quantize(
             if writer.done(side.name) is None:
                 writer.write_bytes(side.name, side.read_bytes())
         write_index(writer, job.shards)
-        writer.write_json(CONFIG_NAME, _output_config(job))
+        stated = quantization_config(
+            job.scheme.quantization, job.source.decisions.written, job.source.quantized
+        )
+        writer.write_json(CONFIG_NAME, job.source.output_config(stated))
         return writer.seal(_metrics(job, entries), tools=_tools(), inputs=inputs)
 
 
@@ -293,39 +292,21 @@ def dry_run(source: str | Path, spec: QuantizeSpec) -> DryRun:
     job = _plan(source, spec)
     workers = len(os.sched_getaffinity(0))
     peak = min(DEFAULT_MAX_MEMORY, _TORCH_BYTES + workers * _KERNEL_MEMORY + 2 * _useful_memory(workers))
-    return plan_dry_run(job.checkpoint.name, spec.scheme, job.works, job.layout, job.shards, peak)
+    layout = job.source.decisions.layout
+    return plan_dry_run(job.checkpoint.name, spec.scheme, job.works, layout, job.shards, peak)
 
 
 def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
     checkpoint = Checkpoint.open(source)
-    raw = checkpoint.config()
-    model = recognise(raw, checkpoint.folder.where(CONFIG_NAME))
-    refuse_quantized(raw, checkpoint.tensors.values(), str(source))
-    decisions = decide(
-        model.tensors_in(checkpoint.tensors),
-        checkpoint.tensors,
-        rules=spec.rules,
-        mtp=spec.mtp,
-        origin=str(source),
-    )
-    scheme = scheme_of(spec)
+    decided = DecidedCheckpoint.of(checkpoint, str(source), rules=spec.rules, mtp=spec.mtp)
+    scheme, decisions = scheme_of(spec), decided.decisions
     works = {
         name: _work(info, decisions.layout[name], decisions.do[name], scheme)
         for name, info in checkpoint.tensors.items()
     }
     _require_shapes(spec, scheme, works)
-    return _Job(
-        checkpoint=checkpoint,
-        raw_config=raw,
-        config=model,
-        decisions=decisions,
-        layout=decisions.layout,
-        spec=spec,
-        scheme=scheme,
-        works=works,
-        shards=plan_shards((work.stored for work in works.values() if work.stored), spec.shard_bytes),
-        dropped=decisions.those(Do.DROP),
-    )
+    shards = plan_shards((work.stored for work in works.values() if work.stored), spec.shard_bytes)
+    return _Job(decided, spec, scheme, works, shards)
 
 
 def _work(info: TensorInfo, want: Expected, do: Do, scheme: Scheme) -> TensorWork:
@@ -364,21 +345,9 @@ def require_space(directory: Path, needed: int) -> None:
         )
 
 
-def _output_config(job: _Job) -> dict[str, Any]:
-    # Code is never shipped, so nothing may point to it.
-    config = {key: value for key, value in job.raw_config.items() if key != "auto_map"}
-    prediction = PredictionLayers.of(job.config, job.decisions)
-    if prediction.found or config.get("num_nextn_predict_layers"):
-        config["num_nextn_predict_layers"] = prediction.written
-    quantized = {want.name for want in job.decisions.those(Do.QUANTIZE)}
-    stated = job.scheme.quantization
-    config["quantization_config"] = quantization_config(stated, job.decisions.written, quantized)
-    return config
-
-
 def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
     written = [spec for plan in job.shards for spec in plan.tensors]
-    parameters = count_parameters(job.config)
+    parameters = count_parameters(job.source.model)
     return {
         "scheme": job.spec.scheme,
         "dialect": job.spec.dialect,
@@ -395,7 +364,7 @@ def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
             "left_out": len(job.dropped),
         },
         "bytes": {"source": job.checkpoint.nbytes, "written": sum(spec.nbytes for spec in written)},
-        "prediction_layers": PredictionLayers.of(job.config, job.decisions).document(),
+        "prediction_layers": job.source.prediction.document(),
         "fidelity": fidelity.by_role(ledger),
         "fidelity_by_layer": fidelity.by_layer(ledger),
     }
