@@ -29,7 +29,7 @@ from packager.quantize.output import OutputShards
 from packager.quantize.plot import PLOT_NAME, ledger_svg
 from packager.quantize.schemes import Scheme, scheme_of
 from packager.quantize.source_files import outline
-from packager.quantize.stream import PIECE_BYTES, SourceChanged, Stream, TensorWork, torch_dtype
+from packager.quantize.stream import PIECE_BYTES, Away, SourceChanged, Stream, TensorWork, torch_dtype
 from packager.recipe import QuantizeSpec
 
 STAGE = "quantize"
@@ -164,6 +164,22 @@ class _Settings:
     ray_address: str | None
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A job on its way: what either executor needs."""
+
+    job: _Job
+    outputs: OutputShards
+    journal: TensorJournal
+    settings: _Settings
+    progress: Callable[[str], None]
+
+    def stream(self, kernel: Kernel | None, away: Away | None = None) -> Stream:
+        """What is left of the job, to be converted by this kernel or elsewhere."""
+        job = self.job
+        return Stream(job.checkpoint, job.works, self.outputs, self.journal, kernel, away)
+
+
 def _convert(
     job: _Job, writer: ArtifactWriter, settings: _Settings, progress: Callable[[str], None]
 ) -> tuple[list[LedgerEntry], Mapping[str, str]]:
@@ -177,10 +193,8 @@ def _convert(
             if partly := len(outputs.kept) - _tensors_in(job.shards, outputs.named, firsts):
                 progress(f"{partly} tensors of unfinished shards: kept from an earlier run")
             require_space(writer.path, outputs.remaining_bytes)
-            if settings.executor == "ray":
-                stream = _run_on_ray(job, outputs, journal, settings, progress)
-            else:
-                stream = _run_here(job, outputs, journal, settings, progress)
+            run = _Run(job, outputs, journal, settings, progress)
+            stream = _run_on_ray(run) if settings.executor == "ray" else _run_here(run)
         finally:
             outputs.close()
         done = journal.tensors
@@ -188,19 +202,13 @@ def _convert(
         return entries, stream.hashed
 
 
-def _run_here(
-    job: _Job,
-    outputs: OutputShards,
-    journal: TensorJournal,
-    settings: _Settings,
-    progress: Callable[[str], None],
-) -> Stream:
-    make_kernel = _kernel_maker(job, outputs, settings.kernel)
-    kernel = make_kernel(progress=progress) if make_kernel else None
-    workers = settings.workers or len(os.sched_getaffinity(0))
-    memory = _memory_for_pieces(settings.max_memory, workers, _KERNEL_MEMORY)
-    stream = Stream(job.checkpoint, job.works, outputs, journal, kernel)
-    stream.run(workers, memory, progress, disk_rate=_disk_rate(job, outputs))
+def _run_here(run: _Run) -> Stream:
+    make_kernel = _kernel_maker(run.job, run.outputs, run.settings.kernel)
+    kernel = make_kernel(progress=run.progress) if make_kernel else None
+    workers = run.settings.workers or len(os.sched_getaffinity(0))
+    memory = _memory_for_pieces(run.settings.max_memory, workers, _KERNEL_MEMORY)
+    stream = run.stream(kernel)
+    stream.run(workers, memory, run.progress, disk_rate=_disk_rate(run.job, run.outputs))
     return stream
 
 
@@ -214,24 +222,19 @@ def _disk_rate(job: _Job, outputs: OutputShards) -> float | None:
     return found.bound(written / job.checkpoint.nbytes) if found else None
 
 
-def _run_on_ray(
-    job: _Job,
-    outputs: OutputShards,
-    journal: TensorJournal,
-    settings: _Settings,
-    progress: Callable[[str], None],
-) -> Stream:
+def _run_on_ray(run: _Run) -> Stream:
     from packager.quantize.ray_executor import MOST_TASKS, RayCluster
 
+    settings = run.settings
     with RayCluster(settings.ray_address) as cluster:
-        progress(cluster.title())
+        run.progress(cluster.title())
         tasks = min(settings.workers or 2 * cluster.cpus, MOST_TASKS)
-        make_kernel = _kernel_maker(job, outputs, settings.kernel, sharers=cluster.cpus)
-        away = cluster.conversion(job.checkpoint, make_kernel)
+        make_kernel = _kernel_maker(run.job, run.outputs, settings.kernel, sharers=cluster.cpus)
+        away = cluster.conversion(run.job.checkpoint, make_kernel)
         memory = min(_memory_for_pieces(settings.max_memory, tasks, 0), cluster.object_bytes // 2)
-        stream = Stream(job.checkpoint, job.works, outputs, journal, None, away)
+        stream = run.stream(None, away)
         # A thread waits for each task; two more, for the chains of hashes.
-        stream.run(tasks + 2, memory, progress)
+        stream.run(tasks + 2, memory, run.progress)
         return stream
 
 
