@@ -255,7 +255,7 @@ def _run(
         },
         "bytes": {
             "source": job.checkpoint.nbytes,
-            "written": sum(tensor.nbytes for plan in plans for tensor in plan.tensors),
+            "written": sum(plan.nbytes for plan in plans),
         },
         "prediction_layers": job.source.prediction.document(),
     }

@@ -218,7 +218,7 @@ def _disk_rate(job: _Job, outputs: OutputShards) -> float | None:
     if folder is None or job.checkpoint.nbytes < _WORTH_PROBING:
         return None
     found = probe(folder / list(job.checkpoint.shards)[-1], outputs.scratch)
-    written = sum(spec.nbytes for plan in job.shards for spec in plan.tensors)
+    written = sum(plan.nbytes for plan in job.shards)
     return found.bound(written / job.checkpoint.nbytes) if found else None
 
 
@@ -349,7 +349,6 @@ def require_space(directory: Path, needed: int) -> None:
 
 
 def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
-    written = [spec for plan in job.shards for spec in plan.tensors]
     parameters = count_parameters(job.source.model)
     return {
         "scheme": job.spec.scheme,
@@ -366,7 +365,7 @@ def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
             "kept": sum(bool(work.stored and not work.band) for work in job.works.values()),
             "left_out": len(job.dropped),
         },
-        "bytes": {"source": job.checkpoint.nbytes, "written": sum(spec.nbytes for spec in written)},
+        "bytes": {"source": job.checkpoint.nbytes, "written": sum(plan.nbytes for plan in job.shards)},
         "prediction_layers": job.source.prediction.document(),
         "fidelity": fidelity.by_role(ledger),
         "fidelity_by_layer": fidelity.by_layer(ledger),

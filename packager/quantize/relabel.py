@@ -56,7 +56,7 @@ def relabel(source: Path, out: Path, dialect: Dialect) -> Manifest:
     ]
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs) as writer:
         pending = [plan for plan in plans if writer.done(plan.name) is None]
-        require_space(writer.path, sum(spec.nbytes for plan in pending for spec in plan.tensors))
+        require_space(writer.path, sum(plan.nbytes for plan in pending))
         digests: dict[str, str] = {}
         with checkpoint.reader() as reader:
             for plan in plans:
