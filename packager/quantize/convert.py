@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
 from packager.checkpoint.header import TensorInfo, readable_bytes
-from packager.checkpoint.source import CONFIG_NAME, Checkpoint
+from packager.checkpoint.source import CONFIG_NAME, Checkpoint, listed
 from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, write_index
 from packager.errors import BadInput, UsageProblem
 from packager.layouts import Do, Expected, count_parameters
@@ -37,7 +37,6 @@ Executor = Literal["local", "ray"]
 """Where pieces are converted: on threads of this process, or by the workers of a Ray cluster."""
 _TORCH_BYTES = 400_000_000
 DEFAULT_MAX_MEMORY = 1_500_000_000
-_LISTED = 20
 _WORTH_PROBING = 8_000_000_000
 """Bytes of source that take so long that people look at the progress."""
 _KERNEL_MEMORY = 50_000_000
@@ -325,14 +324,13 @@ def _require_shapes(spec: QuantizeSpec, scheme: Scheme, works: Mapping[str, Tens
     """Raise BadInput, naming every weight that the scheme cannot store."""
     infos = [work.info for work in works.values() if work.band]
     lines = [
-        f"  {info.name} {list(info.shape)}: {spec.scheme} needs {why}"
+        f"{info.name} {list(info.shape)}: {spec.scheme} needs {why}"
         for info in infos
         if (why := scheme.objection(info.shape))
     ]
     if lines:
-        shown = lines[:_LISTED] + ([f"  … and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])
         raise BadInput(
-            f"{len(lines)} weights do not fit the scheme:\n" + "\n".join(shown),
+            f"{len(lines)} weights do not fit the scheme:\n{listed(lines, limit=20)}",
             "Keep them as they are with a rule (--rule 'NAME=keep', quantize.rules in a recipe), together "
             "with what engines join to them, or choose another scheme.",
         )
