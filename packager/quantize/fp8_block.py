@@ -37,6 +37,16 @@ def block_scales(amax: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     return torch.where(amax == 0, torch.ones_like(scales), scales)
 
 
+def error_sums(wide: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The figures of `Quantized` from sum(w**2) to the largest |w' - w|, for w and w' - w [R, r, C, c]."""
+    return (
+        (wide * wide).sum(dim=(1, 3)),
+        (error * error).sum(dim=(1, 3)),
+        (wide * error).sum(dim=(1, 3)),
+        error.abs().amax(dim=(1, 3)),
+    )
+
+
 def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
     """Quantize [R, r, C, c] of any float dtype: R x C blocks of r rows and c columns. See `Quantized`.
 
@@ -60,16 +70,7 @@ def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
         codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         clamped = (scaled.abs() > E4M3_MAX).float().sum(dim=(1, 3))
     error = codes.float() * spread - wide
-    return (
-        codes,
-        scales,
-        amax,
-        (wide * wide).sum(dim=(1, 3)),
-        (error * error).sum(dim=(1, 3)),
-        (wide * error).sum(dim=(1, 3)),
-        error.abs().amax(dim=(1, 3)),
-        clamped,
-    )
+    return codes, scales, amax, *error_sums(wide, error), clamped
 
 
 @cache

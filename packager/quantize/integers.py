@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from packager.quantize.fp8_block import SMALLEST_SCALE, Quantized
+from packager.quantize.fp8_block import SMALLEST_SCALE, Quantized, error_sums
 
 if TYPE_CHECKING:
     import torch
@@ -46,16 +46,7 @@ def quantize_integers(blocks: torch.Tensor, bits: int, bfloat16_scales: bool) ->
     values = (wide / spread).clamp(lowest, highest).round()
     error = values * spread - wide
     ends = (values == lowest) | (values == highest)
-    return (
-        values.to(torch.int8),
-        scales,
-        amax,
-        (wide * wide).sum(dim=(1, 3)),
-        (error * error).sum(dim=(1, 3)),
-        (wide * error).sum(dim=(1, 3)),
-        error.abs().amax(dim=(1, 3)),
-        ends.float().sum(dim=(1, 3)),
-    )
+    return values.to(torch.int8), scales, amax, *error_sums(wide, error), ends.float().sum(dim=(1, 3))
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
