@@ -34,6 +34,10 @@ def _load_spec(workdir: Path) -> DraftSpec:
     return DraftSpec.model_validate_json(path.read_text(encoding="utf-8"))
 
 
+def _save_spec(workdir: Path, spec: DraftSpec) -> None:
+    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
 def _prepared(target: Path, workdir: Path) -> DraftData:
     from packager.draft.prepare import DraftData, target_digest
 
@@ -119,7 +123,7 @@ def prepare_command(
         )
     spec = DraftSpec(**given)
     data = prepare(target, spec, _prompts(source, spec.prompts), workdir, progress)
-    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _save_spec(workdir, spec)
     records = data.records()
     from packager.checkpoint.source import Checkpoint
 
@@ -156,7 +160,7 @@ def train_command(target: Path, workdir: Path, as_json: bool, **settings: Any) -
     given = {key: value for key, value in settings.items() if value is not None}
     spec = DraftSpec(**(_load_spec(workdir).model_dump() | given))
     data = _prepared(target, workdir)
-    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _save_spec(workdir, spec)
     trained = train(target, spec, data, progress)
     predicted = trained.metrics["predicted_acceptance"]
     _finish(
