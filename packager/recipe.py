@@ -84,6 +84,10 @@ def _compiled(expression: str) -> re.Pattern[str]:
     return re.compile(expression)
 
 
+Dialect = Literal["compressed-tensors", "deepseek"]
+"""How engines are told of a quantization: the names of scales, the fields of config.json."""
+Prediction = Literal["drop", "keep", "quantize"]
+"""What becomes of multi-token prediction layers."""
 SchemeName = Literal["fp8-block", "fp8-channel", "int4-g128", "w8a8"]
 ScaleRounding = Literal["float32", "power-of-two", "bfloat16"]
 SCALE_ROUNDINGS: Mapping[SchemeName, tuple[ScaleRounding, ...]] = {
@@ -107,13 +111,13 @@ class QuantizeSpec(Spec):
     scheme: SchemeName = "fp8-block"
     """fp8-block: FP8, a scale for each 128x128 weights. fp8-channel: FP8, a scale a row. int4-g128: INT4, a
     scale for each 128 columns of a row. w8a8: INT8, a scale a row."""
-    dialect: Literal["compressed-tensors", "deepseek"] = "compressed-tensors"
+    dialect: Dialect = "compressed-tensors"
     """Only block FP8 has the second one."""
     scale_rounding: ScaleRounding = "power-of-two"
     """See `SCALE_ROUNDINGS`; where it is not given, it is the scheme's default."""
     shard_bytes: int = Field(default=5_000_000_000, gt=0)
     """Size of an output shard in bytes."""
-    mtp: Literal["drop", "keep", "quantize"] = "drop"
+    mtp: Prediction = "drop"
     """Multi-token prediction layers: left out, in BF16, or quantized as the others are. vLLM has no class for
     BailingMoeV2's; it has one for DeepSeek-V3's."""
     rules: tuple[TensorRule, ...] = ()

@@ -32,7 +32,7 @@ def write_sparse_checkpoint(path: Path, config: Path = LING_FLASH, shard_bytes: 
     total = 0
     for plan in plan_shards(groups, shard_bytes):
         header = plan.header
-        size = sum(spec.nbytes for spec in plan.tensors)
+        size = plan.nbytes
         with (path / plan.name).open("wb") as handle:
             handle.write(header)
             handle.truncate(len(header) + size)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from conftest import write_checkpoint
 from test_structure import rewrite
+from tiny_architectures import random_tensors, tiny_config, write_tensors
 
 from packager.cli import run
+from packager.layouts import recognise
 from packager.quantize import dequantize, diff, quantize, relabel
 from packager.quantize.compare import Comparison
 from packager.recipe import QuantizeSpec
@@ -49,6 +51,19 @@ def changed(checkpoint: Path, tmp_path: Path, name: str, place: tuple[int, int],
 
     rewrite(copy, edit)
     return diff(checkpoint, copy)
+
+
+def test_a_difference_in_the_last_expert_of_joined_ones_is_found(tmp_path: Path) -> None:
+    raw = tiny_config("Qwen3MoeForCausalLM")
+    layout = [want for want in recognise(raw).tensors(fused=True) if not want.optional]
+    tensors = random_tensors(layout)
+    one = write_tensors(tmp_path / "one", raw, tensors)
+    assert diff(one, one).equal
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    tensors[name][-1, -1, -1] += 1
+    found = diff(one, write_tensors(tmp_path / "other", raw, tensors))
+    last = tuple(size - 1 for size in tensors[name].shape)
+    assert [(row.name, row.elements, row.first) for row in found.differing] == [(name, 1, last)]
 
 
 def test_a_relabelled_and_a_dequantized_checkpoint_are_equal(checkpoints: dict[str, Path]) -> None:

@@ -16,8 +16,8 @@ from packager.proof.recompute import verify_against
 from packager.proof.reference import VALUES, widen
 from packager.proof.structure import check_structure
 from packager.quantize import dequantize, diff, quantize, relabel
-from packager.quantize.dialects import Dialect, Quantization
-from packager.recipe import QuantizeSpec
+from packager.quantize.dialects import Quantization
+from packager.recipe import Dialect, QuantizeSpec
 
 NANO = Path(__file__).parents[1] / "packager/nano/checkpoint"
 ODD = {"hidden_size": 136, "moe_intermediate_size": 72, "head_dim": 72, "intermediate_size": 264}

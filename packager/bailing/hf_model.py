@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from packager.bailing.hf_config import BailingMoeConfig, BailingMoeV2Config
 from packager.bailing.hf_config import register as register_configs
-from packager.bailing.model import MLP, Attention, Gate, RMSNorm, rotary_tables
+from packager.bailing.model import MLP, DecoderLayer, Gate, RMSNorm, rotary_tables
 from packager.errors import BadInput
 
 
@@ -117,21 +117,11 @@ class Positions(nn.Module):
         return cos, sin, (causal & attention_mask[:, None, None, :].bool()) | own
 
 
-class BailingMoeV2DecoderLayer(nn.Module):
-    """One decoder layer."""
+class BailingMoeV2DecoderLayer(DecoderLayer):
+    """One decoder layer, under the name that transformers and llm-compressor know it by."""
 
     def __init__(self, fields: Mapping[str, Any], index: int) -> None:
-        super().__init__()
-        hidden, eps = fields["hidden_size"], fields["rms_norm_eps"]
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.attention = Attention(fields)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        dense = index < fields["first_k_dense_replace"]
-        self.mlp: nn.Module = MLP(hidden, fields["intermediate_size"]) if dense else MoE(fields)
-
-    def forward(self, x: Tensor, positions: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x), *positions)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        super().__init__(fields, index, MoE)
 
 
 class BailingMoeV2Model(nn.Module):

@@ -9,12 +9,15 @@ vLLM's `bailing_moe.py`; not a copy of either that or the upstream `modeling_bai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+RotaryAndMask = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+"""Cosines and sines [length, rotary_dim] (FP32), and a mask where there is one; see `Attention`."""
 
 
 def yarn_inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
@@ -172,20 +175,23 @@ class MoE(nn.Module):
         return (routed + self.shared_experts(x)).view(shape)  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
-    """One decoder layer."""
+class DecoderLayer(nn.Module):
+    """One decoder layer; `moe` makes the feed-forward of those that have experts."""
 
-    def __init__(self, config: Mapping[str, Any], index: int) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], index: int, moe: Callable[[Mapping[str, Any]], nn.Module] = MoE
+    ) -> None:
         super().__init__()
         hidden, eps = config["hidden_size"], config["rms_norm_eps"]
         self.input_layernorm = RMSNorm(hidden, eps)
         self.attention = Attention(config)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         dense = index < config["first_k_dense_replace"]
-        self.mlp: nn.Module = MLP(hidden, config["intermediate_size"]) if dense else MoE(config)
+        self.mlp: nn.Module = MLP(hidden, config["intermediate_size"]) if dense else moe(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, positions: RotaryAndMask) -> Tensor:
+        """`x` [batch, length, hidden] -> the same; `positions` as `Attention` takes them."""
+        x = x + self.attention(self.input_layernorm(x), *positions)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -195,7 +201,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(config["vocab_size"], config["hidden_size"])
-        self.layers = nn.ModuleList(Block(config, n) for n in range(config["num_hidden_layers"]))
+        self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(config["num_hidden_layers"]))
         self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
 
@@ -216,11 +222,11 @@ class BailingMoeV2(nn.Module):
         With `return_hidden` also the inputs of layers 0 … n-1 and the normed output of the last layer,
         n+1 tensors `[batch, length, hidden]`: entry j is what EAGLE3's aux layer id j means.
         """
-        cos, sin = rotary_tables(self.config, input_ids.shape[1])
+        positions = rotary_tables(self.config, input_ids.shape[1])
         x = self._embed(input_ids)
         hidden = [x]
         for layer in self.model.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, positions)
             hidden.append(x)
         hidden[-1] = x = self.model.norm(x)
         logits: Tensor = self.lm_head(x)
@@ -234,10 +240,10 @@ class BailingMoeV2(nn.Module):
 
     def states(self, input_ids: Tensor) -> Tensor:
         """The final normed states `[batch, length, hidden]`, without the product by the head."""
-        cos, sin = rotary_tables(self.config, input_ids.shape[1])
+        positions = rotary_tables(self.config, input_ids.shape[1])
         x = self._embed(input_ids)
         for layer in self.model.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, positions)
         out: Tensor = self.model.norm(x)
         return out
 

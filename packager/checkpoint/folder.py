@@ -110,7 +110,11 @@ class Folder(ABC):
             raise BadInput(f"no file {self.where(name)}")
         if size > MAX_WHOLE_BYTES:
             raise BadInput(f"{self.where(name)} has {size} bytes: too many for a file that is read whole")
-        data = bytearray(size)
+        return self.beginning(name, size)
+
+    def beginning(self, name: str, count: int) -> bytes:
+        """The first bytes of a file. Raises as `OpenFile.fill`."""
+        data = bytearray(count)
         handle = self.open(name)
         try:
             handle.fill(memoryview(data), 0)

@@ -22,7 +22,6 @@ CONFIG_NAME = "config.json"
 SIDE_SUFFIXES = (".json", ".jinja", ".txt")
 """What goes with the weights: tokenizer, chat template, generation settings. Never code, never pickles."""
 _NOT_SIDE = frozenset({INDEX_NAME, CONFIG_NAME, "manifest.json"})
-_LISTED = 12
 __all__ = [
     "CONFIG_NAME",
     "INDEX_NAME",
@@ -83,11 +82,11 @@ def open_folder(source: str | Path) -> Folder:
     return HubFolder(name)
 
 
-def listed(problems: list[str]) -> str:
-    """Problems one a line, the first dozen and the number of the rest."""
-    lines = [f"  {problem}" for problem in problems[:_LISTED]]
-    if len(problems) > _LISTED:
-        lines.append(f"  … and {len(problems) - _LISTED} more")
+def listed(problems: list[str], limit: int = 12) -> str:
+    """Problems one a line, the first of them and the number of the rest."""
+    lines = [f"  {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  … and {len(problems) - limit} more")
     return "\n".join(lines)
 
 

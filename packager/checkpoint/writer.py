@@ -34,6 +34,11 @@ class ShardPlan:
     tensors: tuple[TensorSpec, ...]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return sum(spec.nbytes for spec in self.tensors)
+
+    @property
     def header(self) -> bytes:
         """The bytes before the data."""
         return build_header((spec.name, spec.dtype, spec.shape) for spec in self.tensors)
@@ -73,7 +78,7 @@ class ShardData:
 
     def finish(self) -> None:
         """Check that the shard is full. Raises RuntimeError: it is not."""
-        expected = len(self._plan.header) + sum(spec.nbytes for spec in self._plan.tensors)
+        expected = len(self._plan.header) + self._plan.nbytes
         if self._handle.size != expected:
             raise RuntimeError(f"{self._plan.name}: {self._handle.size} bytes written, {expected} announced")
 
@@ -81,7 +86,7 @@ class ShardData:
 def write_index(writer: ArtifactWriter, plans: Sequence[ShardPlan]) -> FileEntry:
     """The standard index beside shards that are finished."""
     weight_map = {spec.name: plan.name for plan in plans for spec in plan.tensors}
-    total = sum(spec.nbytes for plan in plans for spec in plan.tensors)
+    total = sum(plan.nbytes for plan in plans)
     return writer.write_json(
         INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     )

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from packager.cli import options
 from packager.cli.keys import PASSPHRASE_VARIABLE
+from packager.cli.output import progress
 
 
 @click.command()
@@ -26,7 +28,7 @@ from packager.cli.keys import PASSPHRASE_VARIABLE
     metavar="REASON",
     help="Allow publishing although gates are not passed; the card shows the reason.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(
     workspace: Path, out: Path, recipe_path: Path, key: Path | None, override: str | None, as_json: bool
 ) -> None:
@@ -51,7 +53,7 @@ def command(
         signing_key=key,
         passphrase=os.environ.get(PASSPHRASE_VARIABLE),
         override=override,
-        progress=lambda line: click.echo(line, err=True),
+        progress=progress,
     )
     size = sum(entry.size for entry in manifest.files)
     if as_json:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from packager.cli import options
+from packager.cli.output import print_sealed_json, progress
 from packager.quantize.calibration_run import CALIBRATED_SCHEMES, CalibratedScheme
 
 
@@ -35,14 +36,8 @@ from packager.quantize.calibration_run import CALIBRATED_SCHEMES, CalibratedSche
     help="Tokens of each line that are used; no more than the checkpoint was trained for.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--shard-bytes",
-    type=click.IntRange(min=1),
-    default=5_000_000_000,
-    show_default=True,
-    help="Largest data section of an output shard.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.shard_bytes
+@options.as_json
 def command(
     source: str,
     out: Path,
@@ -72,11 +67,11 @@ def command(
         spec,
         calibration=calibration,
         recipe_digest=spec.digest,
-        progress=lambda line: click.echo(line, err=True),
+        progress=progress,
     )
     metrics = manifest.metrics
     if as_json:
-        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": metrics}))
+        print_sealed_json(out, manifest)
         return
     tensors, data = metrics["tensors"], metrics["calibration"]
     before, after = (readable_bytes(metrics["bytes"][key]) for key in ("source", "written"))

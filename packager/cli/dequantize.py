@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from packager.cli import options
+from packager.cli.output import print_sealed_json
 
 
 @click.command(name="dequantize")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(source: str, out: Path, as_json: bool) -> None:
     """Write the quantized checkpoint SOURCE with BF16 weights into the new folder OUT.
 
@@ -26,7 +28,7 @@ def command(source: str, out: Path, as_json: bool) -> None:
     manifest = dequantize(locate(source), out)
     metrics = manifest.metrics
     if as_json:
-        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": metrics}))
+        print_sealed_json(out, manifest)
         return
     tensors = metrics["tensors"]
     before, after = (readable_bytes(metrics["bytes"][key]) for key in ("source", "written"))

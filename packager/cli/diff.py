@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from packager.cli import options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     "--limit", type=click.IntRange(min=0), default=20, show_default=True, help="Tensors to list, worst first."
 )
 @click.option("--by-layer", is_flag=True, help="Sum up by layer as well as by role.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(first: str, second: str, limit: int, by_layer: bool, as_json: bool) -> None:
     """Compare the weights of two checkpoints after dequantization, and their scales where both have any.
 

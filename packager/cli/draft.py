@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from packager.cli import options
+from packager.cli.output import progress
 from packager.errors import BadInput, UsageProblem
 from packager.recipe import DraftSpec, load_recipe
 
@@ -19,11 +21,6 @@ if TYPE_CHECKING:
 _SPEC_FILE = "spec.json"
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-
-
-def _progress(line: str) -> None:
-    click.echo(line, err=True)
 
 
 def _finish(as_json: bool, document: dict[str, Any], text: str) -> None:
@@ -35,6 +32,10 @@ def _load_spec(workdir: Path) -> DraftSpec:
     if not path.exists():
         raise BadInput(f"{workdir} was not prepared", "Run `packager draft prepare TARGET WORKDIR` first.")
     return DraftSpec.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _save_spec(workdir: Path, spec: DraftSpec) -> None:
+    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _prepared(target: Path, workdir: Path) -> DraftData:
@@ -77,7 +78,7 @@ def command() -> None:
 @click.option("--vocab-size", type=click.IntRange(min=1), help="Draft vocabulary.")
 @click.option("--aux-layers", metavar="J,J,J", help="Layers whose inputs feed the draft.")
 @click.option("--max-response-tokens", type=click.IntRange(min=2))
-@_as_json
+@options.as_json
 def prepare_command(
     target: Path,
     workdir: Path,
@@ -121,8 +122,8 @@ def prepare_command(
             f"--{missing[0].replace('_', '-')} is missing", "Give it, or a recipe that has it with --recipe."
         )
     spec = DraftSpec(**given)
-    data = prepare(target, spec, _prompts(source, spec.prompts), workdir, _progress)
-    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    data = prepare(target, spec, _prompts(source, spec.prompts), workdir, progress)
+    _save_spec(workdir, spec)
     records = data.records()
     from packager.checkpoint.source import Checkpoint
 
@@ -151,16 +152,16 @@ def prepare_command(
 @click.option("--ttt-steps", type=click.IntRange(min=1), help="Steps of training-time test.")
 @click.option("--intermediate-size", type=click.IntRange(min=1))
 @click.option("--seed", type=int)
-@_as_json
-def train_command(target: Path, workdir: Path, as_json: bool, **options: Any) -> None:
+@options.as_json
+def train_command(target: Path, workdir: Path, as_json: bool, **settings: Any) -> None:
     """Train a head on what `prepare` left in WORKDIR. Interrupted, the same command goes on where it was."""
     from packager.draft.stage import train
 
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in settings.items() if value is not None}
     spec = DraftSpec(**(_load_spec(workdir).model_dump() | given))
     data = _prepared(target, workdir)
-    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    trained = train(target, spec, data, _progress)
+    _save_spec(workdir, spec)
+    trained = train(target, spec, data, progress)
     predicted = trained.metrics["predicted_acceptance"]
     _finish(
         as_json,
@@ -173,7 +174,7 @@ def train_command(target: Path, workdir: Path, as_json: bool, **options: Any) ->
 @click.argument("target", type=_DIRECTORY)
 @click.argument("workdir", type=_DIRECTORY)
 @click.argument("out", type=_DIRECTORY)
-@_as_json
+@options.as_json
 def export_command(target: Path, workdir: Path, out: Path, as_json: bool) -> None:
     """Write the trained head of WORKDIR to OUT as one checkpoint for vLLM and SGLang."""
     from packager.draft.prepare import target_digest
@@ -183,7 +184,7 @@ def export_command(target: Path, workdir: Path, out: Path, as_json: bool) -> Non
         raise BadInput(f"{workdir} holds no trained head", "Run `packager draft train` first.")
     spec = _load_spec(workdir)
     trained = train(
-        target, spec, _prepared(target, workdir), _progress
+        target, spec, _prepared(target, workdir), progress
     )  # reads the checkpoint, finishes the rest
     manifest = export(
         out, trained, target, recipe_digest=spec.digest, inputs={"target": target_digest(target)}
@@ -208,7 +209,7 @@ def export_command(target: Path, workdir: Path, out: Path, as_json: bool) -> Non
 @click.option("--max-response-tokens", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--check-only", is_flag=True, help="Check the files; serve nothing.")
-@_as_json
+@options.as_json
 def evaluate_command(
     target: Path,
     draft: Path,
@@ -226,7 +227,7 @@ def evaluate_command(
 
     problems = validate_draft(draft, Checkpoint.open(target).config())
     for problem in problems:
-        _progress(f"problem: {problem}")
+        progress(f"problem: {problem}")
     if check_only:
         _finish(as_json, {"problems": problems}, f"{len(problems)} problems in {draft}")
         if problems:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from packager.cli import options
+from packager.cli.output import print_sealed_json
 
 
 @click.command(name="extend-context")
@@ -17,7 +19,7 @@ import click
     required=True,
     help="Tokens to serve; a multiple of the trained length.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(source: str, out: Path, length: int, as_json: bool) -> None:
     """Write the checkpoint SOURCE into the new folder OUT, configured for LENGTH tokens.
 
@@ -30,7 +32,7 @@ def command(source: str, out: Path, length: int, as_json: bool) -> None:
     spec = ContextSpec(length=length)
     manifest = extend(locate(source), out, spec, recipe_digest=spec.digest)
     if as_json:
-        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
+        print_sealed_json(out, manifest)
         return
     found = manifest.metrics
     click.echo(

@@ -12,6 +12,7 @@ import click
 from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, open_folder
+from packager.cli import options
 from packager.errors import BadInput, IntegrityFailure
 from packager.layouts import QUANTIZABLE, Described, Expected, Role, count_parameters, layout_problems
 from packager.quantize.dialects import BLOCK, Quantization, quantized_layout, read_quantization
@@ -284,7 +285,7 @@ def _print(found: Inspection) -> None:
 
 @click.command(name="inspect")
 @click.argument("source")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(source: str, as_json: bool) -> None:
     """Say what the checkpoint SOURCE is, and what is wrong with it.
 

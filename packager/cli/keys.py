@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from packager.cli import options
+
 PASSPHRASE_VARIABLE = "PACKAGER_KEY_PASSPHRASE"
 
 
@@ -25,7 +27,7 @@ def command() -> None:
     help="The private key; the public one gets the same name with the suffix .pub.",
 )
 @click.option("--passphrase", "ask", is_flag=True, help="Ask for a passphrase to encrypt the key.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def generate(out: Path, ask: bool, as_json: bool) -> None:
     """Write an ECDSA P-256 key pair.
 

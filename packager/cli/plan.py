@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import click
 
+from packager.cli import options
 from packager.errors import UsageProblem
 from packager.serving.engine import ServeSpec, vllm_command
 from packager.serving.hardware import GB, hardware_file, parse_hardware
@@ -53,7 +54,7 @@ _RELEASED = Path("BUNDLE")
     type=click.FloatRange(min=1),
     help="Tokens a target step yields with the draft: an assumption, for a bound with the draft.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(
     source: str | None,
     shape: str | None,

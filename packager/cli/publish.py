@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from packager.cli import options
+from packager.cli.output import progress
 from packager.errors import UsageProblem
 
 
@@ -26,7 +28,7 @@ from packager.errors import UsageProblem
               help="Where the rehearsal's hub keeps its state.")  # fmt: skip
 @click.option("--download-dir", type=click.Path(path_type=Path), default=Path("rehearsal/download"),
               show_default=True, help="Where the rehearsal puts what it downloads.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(
     bundle: Path,
     target: str,
@@ -42,10 +44,6 @@ def command(
 
     The hub's token is the one of `hf auth login` or HF_TOKEN, its address HF_ENDPOINT.
     """
-
-    def progress(line: str) -> None:
-        click.echo(line, err=True)
-
     scheme, rest = _parse(target)
     if scheme == "dir":
         if rehearse:

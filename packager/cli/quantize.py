@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
+from packager.cli import options
+from packager.cli.output import print_sealed_json, progress
+from packager.quantize.convert import Executor
 from packager.quantize.kernel import Choice
-from packager.recipe import SCALE_ROUNDINGS, QuantizeSpec, ScaleRounding, SchemeName, TensorRule
+from packager.recipe import (
+    SCALE_ROUNDINGS,
+    Dialect,
+    Prediction,
+    QuantizeSpec,
+    ScaleRounding,
+    SchemeName,
+    TensorRule,
+)
 
 if TYPE_CHECKING:
     from packager.quantize.dry_run import DryRun
@@ -58,7 +69,7 @@ def _rules(
 )
 @click.option(
     "--dialect",
-    type=click.Choice(["compressed-tensors", "deepseek"]),
+    type=click.Choice(get_args(Dialect)),
     default="compressed-tensors",
     show_default=True,
     help="How the config and the scales are named; the data is the same. deepseek: fp8-block only.",
@@ -70,16 +81,10 @@ def _rules(
     help="Default: power-of-two for fp8-block, where such scales survive Hopper's DeepGEMM unchanged; "
     "float32 for fp8-channel and w8a8; bfloat16 for int4-g128.",
 )
-@click.option(
-    "--shard-bytes",
-    type=click.IntRange(min=1),
-    default=5_000_000_000,
-    show_default=True,
-    help="Largest data section of an output shard.",
-)
+@options.shard_bytes
 @click.option(
     "--mtp",
-    type=click.Choice(["drop", "keep", "quantize"]),
+    type=click.Choice(get_args(Prediction)),
     default="drop",
     show_default=True,
     help="Multi-token prediction layers: left out, as they are, or quantized as the others are.",
@@ -110,7 +115,7 @@ def _rules(
 )
 @click.option(
     "--kernel",
-    type=click.Choice(["auto", "compiled", "eager"]),
+    type=click.Choice(get_args(Choice)),
     default="auto",
     show_default=True,
     help="auto: the compiled kernel where the checkpoint is large enough to pay for its start-up.",
@@ -124,29 +129,29 @@ def _rules(
 )
 @click.option(
     "--executor",
-    type=click.Choice(["local", "ray"]),
+    type=click.Choice(get_args(Executor)),
     default="local",
     show_default=True,
     help="ray: tensors are converted by a cluster whose nodes see SOURCE under the same path, or read it "
     "from the hub.",
 )
 @click.option("--ray-address", default=None, help="HOST:PORT of the Ray cluster. Default: RAY_ADDRESS.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(
     source: str,
     out: Path | None,
     scheme: SchemeName | Literal["bf16"],
-    dialect: Literal["compressed-tensors", "deepseek"],
+    dialect: Dialect,
     scale_rounding: ScaleRounding | None,
     shard_bytes: int,
-    mtp: Literal["drop", "keep", "quantize"],
+    mtp: Prediction,
     rules: tuple[TensorRule, ...],
     only_plan: bool,
     workers: int | None,
     max_memory: int | None,
     kernel: Choice,
     min_snr_db: float | None,
-    executor: Literal["local", "ray"],
+    executor: Executor,
     ray_address: str | None,
     as_json: bool,
 ) -> None:
@@ -188,7 +193,7 @@ def command(
         out,
         spec,
         recipe_digest=spec.digest,
-        progress=lambda line: click.echo(line, err=True),
+        progress=progress,
         workers=workers,
         max_memory=max_memory,
         kernel=kernel,
@@ -197,7 +202,7 @@ def command(
         ray_address=ray_address,
     )
     if as_json:
-        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
+        print_sealed_json(out, manifest)
         return
     _print(out, manifest.digest, manifest.metrics)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
+
+from packager.cli import options
+from packager.cli.output import print_sealed_json
+from packager.recipe import Dialect
 
 
 @click.command(name="relabel")
@@ -14,14 +17,12 @@ import click
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--dialect",
-    type=click.Choice(["compressed-tensors", "deepseek"]),
+    type=click.Choice(get_args(Dialect)),
     required=True,
     help="The dialect to write.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def command(
-    source: str, out: Path, dialect: Literal["compressed-tensors", "deepseek"], as_json: bool
-) -> None:
+@options.as_json
+def command(source: str, out: Path, dialect: Dialect, as_json: bool) -> None:
     """Write the block-FP8 checkpoint SOURCE into the new folder OUT under another dialect.
 
     Only tensor names, headers and the config change; the data is copied and its hash recorded.
@@ -31,7 +32,7 @@ def command(
 
     manifest = relabel(locate(source), out, dialect)
     if as_json:
-        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
+        print_sealed_json(out, manifest)
     else:
         shards = len(manifest.metrics["data_sha256"])
         click.echo(f"{shards} shard(s) in the {dialect} dialect, data unchanged\n{out}  {manifest.digest}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from packager.cli import options
 from packager.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ WIDTH = 80
 @click.option("--workspace", type=click.Path(path_type=Path), help="Folder in which the release grows.")
 @click.option("--signing-key", type=click.Path(path_type=Path), help="Private key; else the workspace's own.")
 @click.option("--dry-run", is_flag=True, help="Print what each stage reads, writes and needs; run nothing.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@options.as_json
 def command(
     recipe: str, workspace: Path | None, signing_key: Path | None, dry_run: bool, as_json: bool
 ) -> None:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from packager.cli import options
+
 if TYPE_CHECKING:
     from packager.serving.server import Server
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     "--startup-timeout", type=click.FloatRange(min=1), default=1800, show_default=True, help="Seconds."
 )
 @click.option("--print-command", is_flag=True, help="Print the engine's command and start nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(
     bundle: str,
     host: str,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from packager.cli import options
 from packager.cli.validate_structure import structure
 from packager.errors import BadInput, GateFailed
 
@@ -61,7 +62,7 @@ def _server(function: Callable[..., None]) -> Callable[..., None]:
 
         function(_Server(Target(url, model, subject, label, cache), out, as_json), **own)
 
-    options = [
+    shared = [
         click.option("--url", required=True, help="Base URL of the server, without /v1."),
         click.option("--model", default="model", show_default=True, help="Name the server serves under."),
         click.option(
@@ -78,9 +79,9 @@ def _server(function: Callable[..., None]) -> Callable[..., None]:
             help="Folder that keeps answers and finished cells.",
         ),
         click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the run as JSON."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+        options.as_json,
     ]
-    return functools.reduce(lambda f, option: option(f), reversed(options), packed)
+    return functools.reduce(lambda f, option: option(f), reversed(shared), packed)
 
 
 def _levels(_context: click.Context, _option: click.Parameter, value: str) -> list[int]:

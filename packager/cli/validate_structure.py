@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from packager.cli import options
 from packager.errors import BadInput, IntegrityFailure
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _MARK = {"ok": "", "note": "note: ", "problem": "NO: "}
     help="Fail on what this engine refuses.  [default: on what both do]",
 )
 @click.option("--headers-only", is_flag=True, help="Do not read codes and scales.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def structure(
     checkpoint: str, source: str | None, engine: str | None, headers_only: bool, as_json: bool
 ) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from packager.cli import options
+from packager.cli.output import progress
 from packager.errors import IntegrityFailure
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ _LISTED = 20
 @click.option(
     "--workers", type=click.IntRange(min=1), help="Threads; each takes a few MB.  [default: one a core]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@options.as_json
 def command(
     what: str,
     key: Path | None,
@@ -83,7 +85,7 @@ def command(
         seed=seed,
         rounding=scale_rounding,
         workers=workers or os.cpu_count() or 1,
-        progress=lambda line: click.echo(line, err=True),
+        progress=progress,
     )
     if as_json:
         _print_proof_document(path, against, proof)
@@ -118,7 +120,7 @@ def _verified(path: Path, key: Path | None) -> dict[str, Any]:
         size = sum(entry.size for entry in manifest.files)
         return {"path": str(path), "kind": manifest.stage, "digest": manifest.digest,
                 "files": len(manifest.files), "bytes": size, "verdict": "as sealed"}  # fmt: skip
-    bundle = verify_bundle(path, key, progress=lambda line: click.echo(line, err=True))
+    bundle = verify_bundle(path, key, progress=progress)
     if bundle.signer is None:
         signature = "none"
     else:

@@ -6,12 +6,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from packager.checkpoint.header import TensorInfo
 from packager.errors import BadInput
 from packager.layouts.declaration import FLOATS, NEVER_QUANTIZED, Do, Expected, Role
-from packager.recipe import TensorRule
+from packager.recipe import Prediction, TensorRule
 
 _SEPARATE = 40
 """Up to so many problems are listed one by one; more are folded where only indices differ."""
@@ -42,7 +41,7 @@ def decide(
     found: Mapping[str, TensorInfo],
     *,
     rules: Sequence[TensorRule] = (),
-    mtp: Literal["drop", "keep", "quantize"] = "drop",
+    mtp: Prediction = "drop",
     origin: str,
 ) -> Decisions:
     """Decide every tensor of a checkpoint: by the recipe's rule for it, else by `mtp`, else by its role.

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 SUFFIXES = {"compressed-tensors": "weight_scale", "deepseek": "weight_scale_inv"}
 """Name of the scale beside `weight`, by dialect. The weight is multiplied by it in both."""
+SCALE_DTYPES = ("F32", "BF16")
+"""What engines load scales from."""
 BLOCK = (128, 128)
 """The only block that the engines' FP8 kernels take."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from packager.layouts import Expected, Model
-from packager.proof.dialect import Stated
+from packager.proof.dialect import SCALE_DTYPES, Stated
 
 Level = Literal["ok", "note", "problem"]
 OURS = frozenset({"BailingMoeV2ForCausalLM"})
@@ -87,7 +87,7 @@ def _scales(facts: Facts) -> Need:
     if not facts.scale_dtypes:
         return _same(matter, "ok", "none")
     text = ", ".join(sorted(facts.scale_dtypes))
-    known = facts.scale_dtypes <= {"F32", "BF16"}
+    known = facts.scale_dtypes <= set(SCALE_DTYPES)
     return _same(matter, "ok" if known else "problem", text if known else f"{text}: not loaded")
 
 

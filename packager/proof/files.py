@@ -176,6 +176,11 @@ class WeightFiles:
         width = tensor.shape[1] * ITEM_BYTES[tensor.dtype]
         return self.read(tensor, first * width, last * width)
 
+    def integers(self, tensor: Stored) -> tuple[int, ...]:
+        """The values of a small tensor of int32 or int64."""
+        data = self.read(tensor, 0, tensor.nbytes)
+        return tuple(int(value) for value in data.view({"I32": "<i4", "I64": "<i8"}[tensor.dtype]))
+
 
 def _header(path: Path) -> list[Stored]:
     size = path.stat().st_size

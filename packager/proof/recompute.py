@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from packager.errors import BadInput
 from packager.proof import reference
-from packager.proof.dialect import Stated, read_stated, scale_of, scale_shape
+from packager.proof.dialect import SCALE_DTYPES, Stated, read_stated, scale_of, scale_shape
 from packager.proof.files import Stored, WeightFiles, read_object
 from packager.proof.integers import Integers
 from packager.proof.reference import Arithmetic, Rounding
@@ -256,21 +256,15 @@ def _faults_of_codes(made: WeightFiles, stated: Stated, codes: Stored, want: Sto
     scale, shape = made.tensors.get(name), scale_shape(want.shape, stated.block)
     if scale is None:
         yield f"{want.name}: {stated.kind.upper()} without {name}"
-    elif scale.shape != shape or scale.dtype not in ("F32", "BF16"):
+    elif scale.shape != shape or scale.dtype not in SCALE_DTYPES:
         yield f"{name}: {scale.dtype} {list(scale.shape)}, expected F32 or BF16 {list(shape)}"
     written = stated.shape_of(want.name)
     if written is not None:
         said = made.tensors.get(written)
         if said is None or said.dtype not in ("I64", "I32") or said.shape != (2,):
             yield f"{want.name}: INT4 without {written} of two integers"
-        elif said_shape(made, said) != want.shape:
-            yield f"{written}: says {list(said_shape(made, said))}, the source has {list(want.shape)}"
-
-
-def said_shape(made: WeightFiles, tensor: Stored) -> tuple[int, ...]:
-    """What a tensor of int32 or int64 that states a shape says."""
-    data = made.read(tensor, 0, tensor.nbytes)
-    return tuple(int(size) for size in data.view({"I32": "<i4", "I64": "<i8"}[tensor.dtype]))
+        elif (shape := made.integers(said)) != want.shape:
+            yield f"{written}: says {list(shape)}, the source has {list(want.shape)}"
 
 
 def _left_out(made: WeightFiles, original: WeightFiles) -> set[str]:

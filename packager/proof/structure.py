@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from packager.layouts import FLOATS, QUANTIZABLE, Expected, Model, Role, recognise
-from packager.proof.dialect import SUFFIXES, Stated, read_stated, scale_of, scale_shape
+from packager.proof.dialect import SCALE_DTYPES, SUFFIXES, Stated, read_stated, scale_of, scale_shape
 from packager.proof.engines import Facts, Need, needs
 from packager.proof.files import Stored, WeightFiles, read_object
 from packager.proof.parallel import Split, splits
 from packager.proof.reference import widen
 
 _FP8 = "F8_E4M3"
-SCALE_DTYPES = ("F32", "BF16")
 _CHUNK = 1 << 24
 _LINEAR_KEPT = frozenset({Role.LM_HEAD, Role.ROUTER, Role.MTP_PROJECTION})
 """Linear layers that engines keep; whoever takes `targets: [Linear]` at its word needs them in the list."""
@@ -277,11 +276,10 @@ def _bad_scales(files: WeightFiles, tensor: Stored) -> Iterator[Problem]:
 
 
 def _other_shape(files: WeightFiles, tensor: Stored, want: Expected) -> Iterator[Problem]:
-    kind = {"I64": "<i8", "I32": "<i4"}.get(tensor.dtype)
-    if kind is None or tensor.shape != (2,):
+    if tensor.dtype not in ("I64", "I32") or tensor.shape != (2,):
         yield Problem("dtype", tensor.name, f"{tensor.dtype} {list(tensor.shape)}, expected I64 [2]")
         return
-    said = tuple(int(size) for size in files.read(tensor, 0, tensor.nbytes).view(kind))
+    said = files.integers(tensor)
     if said != want.shape:
         yield Problem("shape", tensor.name, f"says {list(said)}, the weight is {list(want.shape)}")
 

@@ -18,11 +18,12 @@ from packager.checkpoint.header import DTYPE_BYTES, readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, locate
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, plan_shards, write_index
 from packager.errors import BadInput, UsageProblem
-from packager.layouts import Decisions, Do, Model, PredictionLayers, decide, recognise
+from packager.layouts import Do
 from packager.quantize.calibration_data import choose, read_lines, tokenize
 from packager.quantize.calibration_run import GROUP, NEEDS_DATA, CalibratedScheme, calibrate_model
 from packager.quantize.convert import require_space
-from packager.quantize.dialects import ignored_modules, refuse_quantized
+from packager.quantize.decided import DecidedCheckpoint
+from packager.quantize.dialects import ignored_modules
 from packager.recipe import Spec
 
 STAGE = "calibrate"
@@ -66,11 +67,13 @@ class MemoryNeeded:
 
 @dataclass(frozen=True)
 class _Job:
-    checkpoint: Checkpoint
-    raw_config: dict[str, Any]
-    model: Model
+    source: DecidedCheckpoint
     config: BailingConfig
-    decisions: Decisions
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source's files."""
+        return self.source.checkpoint
 
 
 def memory_needed(
@@ -181,27 +184,24 @@ def require_memory(needed: MemoryNeeded, progress: Callable[[str], None]) -> Non
 
 def _plan(source: str | Path, spec: CalibrationSpec) -> _Job:
     checkpoint = Checkpoint.open(locate(source))
-    raw = checkpoint.config()
-    origin = checkpoint.folder.where(CONFIG_NAME)
-    config = BailingConfig.parse(raw, origin)
-    refuse_quantized(raw, checkpoint.tensors.values(), str(source))
-    model = recognise(raw, origin)
-    decisions = decide(model.tensors_in(checkpoint.tensors), checkpoint.tensors, origin=str(source))
+    config = BailingConfig.parse(checkpoint.config(), checkpoint.folder.where(CONFIG_NAME))
+    decided = DecidedCheckpoint.of(checkpoint, str(source))
     group = GROUP[spec.scheme]
-    uneven = [want for want in decisions.those(Do.QUANTIZE) if want.shape[1] % group]
+    uneven = [want for want in decided.decisions.those(Do.QUANTIZE) if want.shape[1] % group]
     if uneven:
         raise BadInput(
             f"{spec.scheme} has a scale for {group} columns, which do not divide {len(uneven)} weights: "
             f"{uneven[0].name} {list(uneven[0].shape)}",
             "Choose a scheme with smaller groups: MXFP4 has 32 columns a scale, NVFP4 16.",
         )
-    return _Job(checkpoint, raw, model, config, decisions)
+    return _Job(decided, config)
 
 
 def _estimated_bytes(job: _Job, scheme: CalibratedScheme) -> int:
     """Half a byte a weight, and at most two for each group's scale."""
-    quantized = sum(want.count for want in job.decisions.those(Do.QUANTIZE))
-    kept = sum(job.checkpoint.tensors[want.name].nbytes for want in job.decisions.those(Do.KEEP))
+    decisions = job.source.decisions
+    quantized = sum(want.count for want in decisions.those(Do.QUANTIZE))
+    kept = sum(job.checkpoint.tensors[want.name].nbytes for want in decisions.those(Do.KEEP))
     return kept + quantized // 2 + 2 * quantized // GROUP[scheme]
 
 
@@ -226,7 +226,7 @@ def _run(
     rows: list[list[int]],
     progress: Callable[[str], None],
 ) -> Manifest:
-    written, quantized = job.decisions.written, {want.name for want in job.decisions.those(Do.QUANTIZE)}
+    written, quantized = job.source.decisions.written, job.source.quantized
     ignore = ignored_modules(written, quantized)
     model = _load(job)
     progress(f"calibrating {len(quantized)} weights, {spec.scheme}")
@@ -244,25 +244,20 @@ def _run(
     for side in job.checkpoint.side_files():
         writer.write_bytes(side.name, side.read_bytes())
     write_index(writer, plans)
-    prediction = PredictionLayers.of(job.model, job.decisions)
-    config = {key: value for key, value in job.raw_config.items() if key != "auto_map"}
-    if prediction.found or config.get("num_nextn_predict_layers"):
-        config["num_nextn_predict_layers"] = prediction.written
-    config["quantization_config"] = {**stated, "ignore": ignore}
-    writer.write_json(CONFIG_NAME, config)
+    writer.write_json(CONFIG_NAME, job.source.output_config({**stated, "ignore": ignore}))
     metrics = {
         "scheme": spec.scheme,
         "calibration": {"sequences": len(rows), "tokens": sum(map(len, rows)), "seed": spec.seed},
         "tensors": {
             "quantized": len(quantized),
             "kept": len(written) - len(quantized),
-            "left_out": len(job.decisions.those(Do.DROP)),
+            "left_out": len(job.source.decisions.those(Do.DROP)),
         },
         "bytes": {
             "source": job.checkpoint.nbytes,
-            "written": sum(tensor.nbytes for plan in plans for tensor in plan.tensors),
+            "written": sum(plan.nbytes for plan in plans),
         },
-        "prediction_layers": prediction.document(),
+        "prediction_layers": job.source.prediction.document(),
     }
     return writer.seal(metrics, tools=_tools())
 
@@ -275,7 +270,7 @@ def _load(job: _Job) -> Any:
     model_class = next(kind for kind in kinds if kind.config_class.model_type == job.config.model_type)
     # Prediction layers, which this model has no place for, were dropped by `decide`: not a surprise.
     model = model_class.from_pretrained(str(job.checkpoint.path), dtype="auto")
-    expected = {want.name for want in job.decisions.written}
+    expected = {want.name for want in job.source.decisions.written}
     if set(model.state_dict()) != expected:
         raise RuntimeError("the transformers model and the layout disagree about the tensors")
     for name, tensor in model.state_dict().items():

@@ -7,27 +7,19 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
 from packager.checkpoint.header import TensorInfo, readable_bytes
-from packager.checkpoint.source import CONFIG_NAME, Checkpoint
+from packager.checkpoint.source import CONFIG_NAME, Checkpoint, listed
 from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, write_index
 from packager.errors import BadInput, UsageProblem
-from packager.layouts import (
-    Decisions,
-    Do,
-    Expected,
-    Model,
-    PredictionLayers,
-    count_parameters,
-    decide,
-    recognise,
-)
+from packager.layouts import Do, Expected, count_parameters
 from packager.quantize import fidelity
-from packager.quantize.dialects import quantization_config, refuse_quantized
+from packager.quantize.decided import DecidedCheckpoint
+from packager.quantize.dialects import quantization_config
 from packager.quantize.disk import probe
 from packager.quantize.dry_run import DryRun, plan_dry_run
 from packager.quantize.fidelity import LEDGER_NAME, LedgerEntry
@@ -37,7 +29,7 @@ from packager.quantize.output import OutputShards
 from packager.quantize.plot import PLOT_NAME, ledger_svg
 from packager.quantize.schemes import Scheme, scheme_of
 from packager.quantize.source_files import outline
-from packager.quantize.stream import PIECE_BYTES, SourceChanged, Stream, TensorWork, torch_dtype
+from packager.quantize.stream import PIECE_BYTES, Away, SourceChanged, Stream, TensorWork, torch_dtype
 from packager.recipe import QuantizeSpec
 
 STAGE = "quantize"
@@ -45,7 +37,6 @@ Executor = Literal["local", "ray"]
 """Where pieces are converted: on threads of this process, or by the workers of a Ray cluster."""
 _TORCH_BYTES = 400_000_000
 DEFAULT_MAX_MEMORY = 1_500_000_000
-_LISTED = 20
 _WORTH_PROBING = 8_000_000_000
 """Bytes of source that take so long that people look at the progress."""
 _KERNEL_MEMORY = 50_000_000
@@ -56,17 +47,21 @@ _KERNEL_MEMORY = 50_000_000
 class _Job:
     """All that the conversion needs to know before it reads a byte of data."""
 
-    checkpoint: Checkpoint
-    raw_config: dict[str, Any]
-    config: Model
-    decisions: Decisions
-    layout: dict[str, Expected]
+    source: DecidedCheckpoint
     spec: QuantizeSpec
     scheme: Scheme
     works: dict[str, TensorWork]
     shards: list[ShardPlan]
-    dropped: list[Expected]
-    """Prediction layers, unless the spec has them, and what its rules or the layout drop."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source's files."""
+        return self.source.checkpoint
+
+    @cached_property
+    def dropped(self) -> list[Expected]:
+        """Prediction layers, unless the spec has them, and what its rules or the layout drop."""
+        return self.source.decisions.those(Do.DROP)
 
 
 def quantize(
@@ -128,8 +123,8 @@ def quantize(
             return found
     if job.dropped:
         progress(f"leaving out {len(job.dropped)} tensors")
-    if (prediction := PredictionLayers.of(job.config, job.decisions)).found:
-        progress(str(prediction))
+    if job.source.prediction.found:
+        progress(str(job.source.prediction))
     # The digest of the source is known once it has been read: until then its outline and the tensor journal
     # stand for it.
     key = {"source": outline(job.checkpoint)}
@@ -150,7 +145,10 @@ def quantize(
             if writer.done(side.name) is None:
                 writer.write_bytes(side.name, side.read_bytes())
         write_index(writer, job.shards)
-        writer.write_json(CONFIG_NAME, _output_config(job))
+        stated = quantization_config(
+            job.scheme.quantization, job.source.decisions.written, job.source.quantized
+        )
+        writer.write_json(CONFIG_NAME, job.source.output_config(stated))
         return writer.seal(_metrics(job, entries), tools=_tools(), inputs=inputs)
 
 
@@ -163,6 +161,22 @@ class _Settings:
     kernel: Choice
     executor: Executor
     ray_address: str | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A job on its way: what either executor needs."""
+
+    job: _Job
+    outputs: OutputShards
+    journal: TensorJournal
+    settings: _Settings
+    progress: Callable[[str], None]
+
+    def stream(self, kernel: Kernel | None, away: Away | None = None) -> Stream:
+        """What is left of the job, to be converted by this kernel or elsewhere."""
+        job = self.job
+        return Stream(job.checkpoint, job.works, self.outputs, self.journal, kernel, away)
 
 
 def _convert(
@@ -178,10 +192,8 @@ def _convert(
             if partly := len(outputs.kept) - _tensors_in(job.shards, outputs.named, firsts):
                 progress(f"{partly} tensors of unfinished shards: kept from an earlier run")
             require_space(writer.path, outputs.remaining_bytes)
-            if settings.executor == "ray":
-                stream = _run_on_ray(job, outputs, journal, settings, progress)
-            else:
-                stream = _run_here(job, outputs, journal, settings, progress)
+            run = _Run(job, outputs, journal, settings, progress)
+            stream = _run_on_ray(run) if settings.executor == "ray" else _run_here(run)
         finally:
             outputs.close()
         done = journal.tensors
@@ -189,19 +201,13 @@ def _convert(
         return entries, stream.hashed
 
 
-def _run_here(
-    job: _Job,
-    outputs: OutputShards,
-    journal: TensorJournal,
-    settings: _Settings,
-    progress: Callable[[str], None],
-) -> Stream:
-    make_kernel = _kernel_maker(job, outputs, settings.kernel)
-    kernel = make_kernel(progress=progress) if make_kernel else None
-    workers = settings.workers or len(os.sched_getaffinity(0))
-    memory = _memory_for_pieces(settings.max_memory, workers, _KERNEL_MEMORY)
-    stream = Stream(job.checkpoint, job.works, outputs, journal, kernel)
-    stream.run(workers, memory, progress, disk_rate=_disk_rate(job, outputs))
+def _run_here(run: _Run) -> Stream:
+    make_kernel = _kernel_maker(run.job, run.outputs, run.settings.kernel)
+    kernel = make_kernel(progress=run.progress) if make_kernel else None
+    workers = run.settings.workers or len(os.sched_getaffinity(0))
+    memory = _memory_for_pieces(run.settings.max_memory, workers, _KERNEL_MEMORY)
+    stream = run.stream(kernel)
+    stream.run(workers, memory, run.progress, disk_rate=_disk_rate(run.job, run.outputs))
     return stream
 
 
@@ -211,28 +217,23 @@ def _disk_rate(job: _Job, outputs: OutputShards) -> float | None:
     if folder is None or job.checkpoint.nbytes < _WORTH_PROBING:
         return None
     found = probe(folder / list(job.checkpoint.shards)[-1], outputs.scratch)
-    written = sum(spec.nbytes for plan in job.shards for spec in plan.tensors)
+    written = sum(plan.nbytes for plan in job.shards)
     return found.bound(written / job.checkpoint.nbytes) if found else None
 
 
-def _run_on_ray(
-    job: _Job,
-    outputs: OutputShards,
-    journal: TensorJournal,
-    settings: _Settings,
-    progress: Callable[[str], None],
-) -> Stream:
+def _run_on_ray(run: _Run) -> Stream:
     from packager.quantize.ray_executor import MOST_TASKS, RayCluster
 
+    settings = run.settings
     with RayCluster(settings.ray_address) as cluster:
-        progress(cluster.title())
+        run.progress(cluster.title())
         tasks = min(settings.workers or 2 * cluster.cpus, MOST_TASKS)
-        make_kernel = _kernel_maker(job, outputs, settings.kernel, sharers=cluster.cpus)
-        away = cluster.conversion(job.checkpoint, make_kernel)
+        make_kernel = _kernel_maker(run.job, run.outputs, settings.kernel, sharers=cluster.cpus)
+        away = cluster.conversion(run.job.checkpoint, make_kernel)
         memory = min(_memory_for_pieces(settings.max_memory, tasks, 0), cluster.object_bytes // 2)
-        stream = Stream(job.checkpoint, job.works, outputs, journal, None, away)
+        stream = run.stream(None, away)
         # A thread waits for each task; two more, for the chains of hashes.
-        stream.run(tasks + 2, memory, progress)
+        stream.run(tasks + 2, memory, run.progress)
         return stream
 
 
@@ -293,39 +294,21 @@ def dry_run(source: str | Path, spec: QuantizeSpec) -> DryRun:
     job = _plan(source, spec)
     workers = len(os.sched_getaffinity(0))
     peak = min(DEFAULT_MAX_MEMORY, _TORCH_BYTES + workers * _KERNEL_MEMORY + 2 * _useful_memory(workers))
-    return plan_dry_run(job.checkpoint.name, spec.scheme, job.works, job.layout, job.shards, peak)
+    layout = job.source.decisions.layout
+    return plan_dry_run(job.checkpoint.name, spec.scheme, job.works, layout, job.shards, peak)
 
 
 def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
     checkpoint = Checkpoint.open(source)
-    raw = checkpoint.config()
-    model = recognise(raw, checkpoint.folder.where(CONFIG_NAME))
-    refuse_quantized(raw, checkpoint.tensors.values(), str(source))
-    decisions = decide(
-        model.tensors_in(checkpoint.tensors),
-        checkpoint.tensors,
-        rules=spec.rules,
-        mtp=spec.mtp,
-        origin=str(source),
-    )
-    scheme = scheme_of(spec)
+    decided = DecidedCheckpoint.of(checkpoint, str(source), rules=spec.rules, mtp=spec.mtp)
+    scheme, decisions = scheme_of(spec), decided.decisions
     works = {
         name: _work(info, decisions.layout[name], decisions.do[name], scheme)
         for name, info in checkpoint.tensors.items()
     }
     _require_shapes(spec, scheme, works)
-    return _Job(
-        checkpoint=checkpoint,
-        raw_config=raw,
-        config=model,
-        decisions=decisions,
-        layout=decisions.layout,
-        spec=spec,
-        scheme=scheme,
-        works=works,
-        shards=plan_shards((work.stored for work in works.values() if work.stored), spec.shard_bytes),
-        dropped=decisions.those(Do.DROP),
-    )
+    shards = plan_shards((work.stored for work in works.values() if work.stored), spec.shard_bytes)
+    return _Job(decided, spec, scheme, works, shards)
 
 
 def _work(info: TensorInfo, want: Expected, do: Do, scheme: Scheme) -> TensorWork:
@@ -341,14 +324,13 @@ def _require_shapes(spec: QuantizeSpec, scheme: Scheme, works: Mapping[str, Tens
     """Raise BadInput, naming every weight that the scheme cannot store."""
     infos = [work.info for work in works.values() if work.band]
     lines = [
-        f"  {info.name} {list(info.shape)}: {spec.scheme} needs {why}"
+        f"{info.name} {list(info.shape)}: {spec.scheme} needs {why}"
         for info in infos
         if (why := scheme.objection(info.shape))
     ]
     if lines:
-        shown = lines[:_LISTED] + ([f"  … and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])
         raise BadInput(
-            f"{len(lines)} weights do not fit the scheme:\n" + "\n".join(shown),
+            f"{len(lines)} weights do not fit the scheme:\n{listed(lines, limit=20)}",
             "Keep them as they are with a rule (--rule 'NAME=keep', quantize.rules in a recipe), together "
             "with what engines join to them, or choose another scheme.",
         )
@@ -364,21 +346,8 @@ def require_space(directory: Path, needed: int) -> None:
         )
 
 
-def _output_config(job: _Job) -> dict[str, Any]:
-    # Code is never shipped, so nothing may point to it.
-    config = {key: value for key, value in job.raw_config.items() if key != "auto_map"}
-    prediction = PredictionLayers.of(job.config, job.decisions)
-    if prediction.found or config.get("num_nextn_predict_layers"):
-        config["num_nextn_predict_layers"] = prediction.written
-    quantized = {want.name for want in job.decisions.those(Do.QUANTIZE)}
-    stated = job.scheme.quantization
-    config["quantization_config"] = quantization_config(stated, job.decisions.written, quantized)
-    return config
-
-
 def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
-    written = [spec for plan in job.shards for spec in plan.tensors]
-    parameters = count_parameters(job.config)
+    parameters = count_parameters(job.source.model)
     return {
         "scheme": job.spec.scheme,
         "dialect": job.spec.dialect,
@@ -394,8 +363,8 @@ def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
             "kept": sum(bool(work.stored and not work.band) for work in job.works.values()),
             "left_out": len(job.dropped),
         },
-        "bytes": {"source": job.checkpoint.nbytes, "written": sum(spec.nbytes for spec in written)},
-        "prediction_layers": PredictionLayers.of(job.config, job.decisions).document(),
+        "bytes": {"source": job.checkpoint.nbytes, "written": sum(plan.nbytes for plan in job.shards)},
+        "prediction_layers": job.source.prediction.document(),
         "fidelity": fidelity.by_role(ledger),
         "fidelity_by_layer": fidelity.by_layer(ledger),
     }

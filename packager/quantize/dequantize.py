@@ -42,7 +42,7 @@ def dequantize(source: Path, out: Path) -> Manifest:
     plans = _plans(opened)
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs) as writer:
         pending = [plan for plan in plans if writer.done(plan.name) is None]
-        require_space(writer.path, sum(spec.nbytes for plan in pending for spec in plan.tensors))
+        require_space(writer.path, sum(plan.nbytes for plan in pending))
         with checkpoint.reader() as reader:
             for plan in pending:
                 with writer.create(plan.name) as handle:
@@ -60,7 +60,7 @@ def dequantize(source: Path, out: Path) -> Manifest:
             "dequantized": len(opened.quantized),
             "kept": len(opened.layout) - len(opened.quantized),
         }
-        written = sum(spec.nbytes for plan in plans for spec in plan.tensors)
+        written = sum(plan.nbytes for plan in plans)
         return writer.seal(
             {
                 "scheme": "bf16",

@@ -12,14 +12,13 @@ import re
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from packager.checkpoint.header import TensorInfo
 from packager.errors import BadInput
 from packager.layouts import NEVER_QUANTIZED, QUANTIZABLE, Expected, Role
+from packager.recipe import Dialect
 
-Dialect = Literal["compressed-tensors", "deepseek"]
-DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 Storage = Literal["fp8-block", "fp8-channel", "int4", "w8a8"]
 
 BLOCK = 128

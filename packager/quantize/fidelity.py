@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from packager.checkpoint.source import listed
 from packager.errors import GateFailed
 
 if TYPE_CHECKING:
@@ -186,6 +187,12 @@ class RoleFidelity:
         )
 
 
+def layer_of(name: str) -> int | None:
+    """Number of the decoder layer that a tensor belongs to; None: it is in none."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 def by_role(entries: Iterable[TensorFidelity]) -> dict[str, Any]:
     """Role -> SNR over the role, number of tensors, and the worst tensor; for a manifest's metrics."""
     return _grouped(entries, lambda entry: entry.role)
@@ -193,13 +200,9 @@ def by_role(entries: Iterable[TensorFidelity]) -> dict[str, Any]:
 
 def by_layer(entries: Iterable[TensorFidelity]) -> dict[str, Any]:
     """The same for each decoder layer, under its number; weights outside of the layers are left out."""
-
-    def layer(entry: TensorFidelity) -> str:
-        found = re.search(r"\blayers\.(\d+)\.", entry.name)
-        return found[1] if found else ""
-
-    groups = _grouped(entries, layer)
-    return {key: groups[key] for key in sorted((key for key in groups if key), key=int)}
+    inside = [entry for entry in entries if layer_of(entry.name) is not None]
+    groups = _grouped(inside, lambda entry: str(layer_of(entry.name)))
+    return {key: groups[key] for key in sorted(groups, key=int)}
 
 
 def _grouped(entries: Iterable[TensorFidelity], key: Callable[[TensorFidelity], str]) -> dict[str, Any]:
@@ -213,11 +216,9 @@ def require_snr(entries: Iterable[LedgerEntry], bound: float) -> None:
     """Raise GateFailed, naming the worst weights, if any has an SNR below `bound` dB."""
     low = sorted((e.snr_db, e.name) for e in entries if e.snr_db is not None and e.snr_db < bound)
     if low:
-        lines = [f"  {name}: {snr:.2f} dB" for snr, name in low[:12]]
-        if len(low) > len(lines):
-            lines.append(f"  … and {len(low) - len(lines)} more")
+        lines = [f"{name}: {snr:.2f} dB" for snr, name in low]
         raise GateFailed(
-            f"{len(low)} weights are below {bound:g} dB after quantization:\n" + "\n".join(lines),
+            f"{len(low)} weights are below {bound:g} dB after quantization:\n{listed(lines)}",
             f"The figures of every weight are in {LEDGER_NAME}. Look at these weights in the source; if they "
             "are meant to be so, name a lower bound (--min-snr-db): finished weights are kept.",
         )

@@ -48,6 +48,16 @@ def block_sum(values: torch.Tensor) -> torch.Tensor:
     return values.sum(dim=3).sum(dim=1)
 
 
+def error_sums(wide: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The figures of `Quantized` from sum(w**2) to the largest |w' - w|, for w and w' - w [R, r, C, c]."""
+    return (
+        block_sum(wide * wide),
+        block_sum(error * error),
+        block_sum(wide * error),
+        block_max(error.abs()),
+    )
+
+
 def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
     """Quantize [R, r, C, c] of any float dtype: R x C blocks of r rows and c columns. See `Quantized`.
 
@@ -71,16 +81,7 @@ def quantize_blocks(blocks: torch.Tensor, power_of_two: bool) -> Quantized:
         codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         clamped = block_sum((scaled.abs() > E4M3_MAX).float())
     error = codes.float() * spread - wide
-    return (
-        codes,
-        scales,
-        amax,
-        block_sum(wide * wide),
-        block_sum(error * error),
-        block_sum(wide * error),
-        block_max(error.abs()),
-        clamped,
-    )
+    return codes, scales, amax, *error_sums(wide, error), clamped
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from packager.quantize.fp8_block import SMALLEST_SCALE, Quantized, block_max, block_sum
+from packager.quantize.fp8_block import SMALLEST_SCALE, Quantized, block_max, block_sum, error_sums
 
 if TYPE_CHECKING:
     import torch
@@ -46,16 +46,7 @@ def quantize_integers(blocks: torch.Tensor, bits: int, bfloat16_scales: bool) ->
     values = (wide / spread).clamp(lowest, highest).round()
     error = values * spread - wide
     ends = (values == lowest) | (values == highest)
-    return (
-        values.to(torch.int8),
-        scales,
-        amax,
-        block_sum(wide * wide),
-        block_sum(error * error),
-        block_sum(wide * error),
-        block_max(error.abs()),
-        block_sum(ends.float()),
-    )
+    return values.to(torch.int8), scales, amax, *error_sums(wide, error), block_sum(ends.float())
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:

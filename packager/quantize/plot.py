@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from packager.quantize.fidelity import LedgerEntry
+from packager.quantize.fidelity import LedgerEntry, layer_of
 
 PLOT_NAME = "fidelity.svg"
 _WIDTH, _HEIGHT = 960, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 64, 46
 """Margins, in pixels."""
 _COLOURS = ("#3366aa", "#cc5511", "#228844", "#884499", "#997700", "#007788", "#bb3355", "#555555")
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ def ledger_svg(entries: Sequence[LedgerEntry], gate_db: float | None) -> bytes:
 
     found: defaultdict[tuple[str, int], list[tuple[float, str]]] = defaultdict(list)
     for entry in entries:
-        layer = _LAYER.search(entry.name)
-        if layer and entry.snr_db is not None:
-            found[entry.role, int(layer[1])].append((entry.snr_db, entry.name))
+        layer = layer_of(entry.name)
+        if layer is not None and entry.snr_db is not None:
+            found[entry.role, layer].append((entry.snr_db, entry.name))
     values = [value for group in found.values() for value, _ in group] or [0.0]
     bounds = [*values] if gate_db is None else [*values, gate_db]
     bottom, top = math.floor(min(bounds) - 0.5), math.ceil(max(bounds) + 0.5)

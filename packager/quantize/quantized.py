@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -94,7 +95,8 @@ class WeightCheckpoint:
     def slabs(self, reader: TensorReader, weight: str) -> Iterator[NDArray[np.float32]]:
         """A weight [N, K] from its first row to its last, some rows [R, K] at a time, as float32.
 
-        A vector [N] is taken for [N, 1]. The cuts depend on the shape alone.
+        A vector [N] is taken for [N, 1], joined experts [E, N, K] for [E * N, K]. The cuts depend on the
+        shape alone.
 
         Raises:
             BadInput: INT4 codes whose stored shape is another than the config's.
@@ -106,26 +108,20 @@ class WeightCheckpoint:
         codes, scale, *others = (self.checkpoint.tensors[part.name] for part in self.quantized[weight])
         scheme = self.quantization
         columns = codes.shape[1] * (8 if scheme.scheme == "int4" else 1)
-        step = _rows_at_once(columns)
+        bands = _bands(reader, codes, columns)
         scales, zero_points = reader.array(scale), None
         if scheme.scheme == "int4":
             columns = self._int4_columns(reader, weight, others[0])
             zero_points = None if scheme.symmetric else reader.array(others[1])
-        row_bytes = codes.nbytes // codes.shape[0]
-        for first in range(0, codes.shape[0], step):
-            last = min(first + step, codes.shape[0])
-            data = reader.bytes(codes, first * row_bytes, last * row_bytes).reshape(last - first, -1)
+        for first, data in bands:
             yield _dequantized(data, first, scales, zero_points, columns, scheme)
 
     def _stored_slabs(self, reader: TensorReader, info: TensorInfo) -> Iterator[NDArray[np.float32]]:
         import numpy as np
 
-        columns, dtype = (info.shape[1] if len(info.shape) > 1 else 1), numpy_dtype(info.dtype)
-        step, row_bytes = _rows_at_once(columns), columns * dtype.itemsize
-        for first in range(0, info.shape[0], step):
-            last = min(first + step, info.shape[0])
-            data = reader.bytes(info, first * row_bytes, last * row_bytes)
-            yield data.view(dtype).reshape(last - first, columns).astype(np.float32)
+        columns = info.shape[-1] if len(info.shape) > 1 else 1
+        for _, data in _bands(reader, info, columns):
+            yield data.view(numpy_dtype(info.dtype)).astype(np.float32)
 
     def scale(self, weight: str) -> TensorInfo:
         """The scale tensor of a quantized weight."""
@@ -146,9 +142,14 @@ class WeightCheckpoint:
         return {part.name for parts in self.quantized.values() for part in parts[1:]}
 
 
-def _rows_at_once(columns: int) -> int:
+def _bands(reader: TensorReader, info: TensorInfo, columns: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Some rows at a time of a tensor whose rows hold so many values: the first row, and bytes [R, ...]."""
+    rows = prod(info.shape[:-1]) if len(info.shape) > 1 else info.shape[0]
     # Whole blocks, so that no scale is cut in two.
-    return max(_SLAB_ELEMENTS // columns // BLOCK, 1) * BLOCK
+    step = max(_SLAB_ELEMENTS // columns // BLOCK, 1) * BLOCK
+    for first in range(0, rows, step):
+        last, row_bytes = min(first + step, rows), info.nbytes // rows
+        yield first, reader.bytes(info, first * row_bytes, last * row_bytes).reshape(last - first, -1)
 
 
 def _dequantized(

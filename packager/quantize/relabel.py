@@ -10,9 +10,9 @@ from packager.checkpoint.source import CONFIG_NAME, INDEX_NAME, TensorReader
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, carry_over, write_index
 from packager.errors import BadInput, UsageProblem
 from packager.quantize.convert import require_space
-from packager.quantize.dialects import SCALE_SUFFIX, Dialect, Quantization, quantization_config
+from packager.quantize.dialects import SCALE_SUFFIX, Quantization, quantization_config
 from packager.quantize.quantized import WeightCheckpoint
-from packager.recipe import Spec
+from packager.recipe import Dialect, Spec
 
 STAGE = "relabel"
 
@@ -56,7 +56,7 @@ def relabel(source: Path, out: Path, dialect: Dialect) -> Manifest:
     ]
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=inputs) as writer:
         pending = [plan for plan in plans if writer.done(plan.name) is None]
-        require_space(writer.path, sum(spec.nbytes for plan in pending for spec in plan.tensors))
+        require_space(writer.path, sum(plan.nbytes for plan in pending))
         digests: dict[str, str] = {}
         with checkpoint.reader() as reader:
             for plan in plans:

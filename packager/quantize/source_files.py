@@ -9,13 +9,7 @@ from packager.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint
 
 def header_bytes(checkpoint: Checkpoint, shard: str) -> bytes:
     """All bytes of a shard before its data. Raises as `Folder.open`."""
-    found = bytearray(checkpoint.shards[shard].data_start)
-    handle = checkpoint.folder.open(shard)
-    try:
-        handle.fill(memoryview(found), 0)
-    finally:
-        handle.close()
-    return bytes(found)
+    return checkpoint.folder.beginning(shard, checkpoint.shards[shard].data_start)
 
 
 def outline(checkpoint: Checkpoint) -> str:
