@@ -208,7 +208,7 @@ def finished(out: Path) -> list[str]:
     return [json.loads(line)["tensor"]["name"] for line in lines if line.startswith('{"tensor"')]
 
 
-@pytest.mark.engine
+@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 def test_a_cluster_writes_what_this_machine_writes_and_says_what_it_would_say(
     two_nodes: TwoNodes, source: Path, local: Path, tmp_path: Path
@@ -232,7 +232,7 @@ def test_a_cluster_writes_what_this_machine_writes_and_says_what_it_would_say(
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
 
 
-@pytest.mark.engine
+@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 def test_a_worker_and_a_node_killed_in_the_middle_cost_their_tensors_a_second_time_and_nothing_else(
     two_nodes: TwoNodes, slow_hub: SlowHub, local: Path, tmp_path: Path
@@ -262,7 +262,7 @@ def test_a_worker_and_a_node_killed_in_the_middle_cost_their_tensors_a_second_ti
     assert contents(out) == contents(local)
 
 
-@pytest.mark.engine
+@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_running_and_either_executor_goes_on(
     two_nodes: TwoNodes, slow_hub: SlowHub, local: Path, tmp_path: Path
@@ -298,7 +298,7 @@ def test_a_killed_driver_leaves_nothing_running_and_either_executor_goes_on(
     assert contents(out) == contents(local)
 
 
-@pytest.mark.engine
+@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 def test_nan_at_a_worker_is_the_error_that_it_is_here(
     two_nodes: TwoNodes, source: Path, tmp_path: Path

@@ -13,6 +13,8 @@ from packager.checkpoint.writer import ShardPlan, TensorSpec
 from packager.quantize.journal import TensorJournal
 
 _CHUNK = 8 << 20
+_WRITE_BACK = 32 << 20
+"""Bytes that the disk is told of at once."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,18 @@ class OutputShard:
     def __init__(self, path: Path, header: bytes, prefix: int = 0) -> None:
         """Open it. `prefix` bytes that an earlier run wrote are kept and hashed; 0: begin anew."""
         self.path = path
-        self.sha = hashlib.sha256()
+        self._sha = hashlib.sha256()
+        self._passed, self._told = 0, 0
         with writing(path):
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | (0 if prefix else os.O_TRUNC), 0o666)
         if not prefix:
             self.write(memoryview(header), 0)
-            self.sha.update(header)
-        position = 0
-        while position < prefix:
-            chunk = os.pread(self._handle, min(_CHUNK, prefix - position), position)
+            self.passed(memoryview(header))
+        while self._passed < prefix:
+            chunk = os.pread(self._handle, min(_CHUNK, prefix - self._passed), self._passed)
             if not chunk:
                 break  # shorter than it was: the digest will not be the recorded one
-            self.sha.update(chunk)
-            position += len(chunk)
+            self.passed(memoryview(chunk))
 
     def write(self, data: memoryview, position: int) -> None:
         """Write at a position; from any thread. Raises BadInput when the disk is full."""
@@ -57,6 +58,23 @@ class OutputShard:
             while data.nbytes:
                 count = os.pwrite(self._handle, data, position)
                 data, position = data[count:], position + count
+
+    def passed(self, data: memoryview) -> None:
+        """Hash what has been written, in order; from one thread at a time."""
+        self._sha.update(data)
+        self._passed += data.nbytes
+
+    def sha256(self) -> str:
+        """Of all that has passed."""
+        return self._sha.copy().hexdigest()
+
+    def write_back(self) -> None:
+        """Let the disk begin with what has passed: little is left to do when the file is complete."""
+        if self._passed - self._told < _WRITE_BACK or not hasattr(os, "posix_fadvise"):
+            return
+        # Linux begins to write dirty pages when it is told that they will not be needed, and returns.
+        os.posix_fadvise(self._handle, self._told, self._passed - self._told, os.POSIX_FADV_DONTNEED)
+        self._told = self._passed
 
     def close(self) -> None:
         """Close the file."""
@@ -125,7 +143,7 @@ class OutputShards:
         if not finished or not path.is_file():
             return
         shard = OutputShard(path, plan.header, self.places[finished[-1]].end)
-        if shard.sha.hexdigest() != done[finished[-1]].output:
+        if shard.sha256() != done[finished[-1]].output:
             shard.close()  # a power cut took some of it: this shard is made again
             return
         self._open[plan.name] = shard
@@ -152,12 +170,17 @@ class OutputShards:
             self._open[shard] = OutputShard(self._scratch(shard), self._plans[shard].header)
         return self._open[shard]
 
+    def write_back(self) -> None:
+        """See `OutputShard.write_back`; from the thread that finishes shards."""
+        for shard in list(self._open.values()):
+            shard.write_back()
+
     def finish(self, shard: str) -> FileEntry:
         """Give a shard, all of whose tensors are in the journal, its name."""
         found = self._open.pop(shard)
         found.close()
         self._journal.sync()  # a shard that has its name always has its figures
-        return self._writer.take(shard, found.path, found.sha.hexdigest())
+        return self._writer.take(shard, found.path, found.sha256())
 
     def close(self) -> None:
         """Close what is open; a later run goes on with it."""

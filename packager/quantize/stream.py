@@ -236,6 +236,7 @@ class Stream:
                 if shard:
                     entry = self._outputs.finish(shard)
                     progress(f"{shard}: {readable_bytes(entry.size)}")
+                self._outputs.write_back()
                 for line in self._away.news() if self._away else ():
                     progress(line)
                 if time.monotonic() - spoke >= _PROGRESS_SECONDS:
@@ -381,7 +382,7 @@ class Stream:
             return
         shard = self._outputs.opened(piece.place.shard)
         for part in piece.output:
-            shard.sha.update(part)
+            shard.passed(part)
         piece.output = []
         self._scales += piece.scales
         self._figures += piece.figures
@@ -391,14 +392,14 @@ class Stream:
         position = piece.place.rest_begin
         for part in (*self._scales, memoryview(piece.work.constants)):
             shard.write(part, position)
-            shard.sha.update(part)
+            shard.passed(part)
             position += part.nbytes
         if self._figures:
             info = piece.work.info
             total = Figures.total(self._figures)
             piece.entry = LedgerEntry.of(info.name, piece.work.role, info.shape, total)
         self._scales, self._figures = [], []
-        piece.output_digest = shard.sha.copy().hexdigest()
+        piece.output_digest = shard.sha256()
 
     def _finish(self, piece: _Piece) -> None:
         """Both chains have passed a piece. Called in order, one piece at a time."""
