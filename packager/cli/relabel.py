@@ -24,14 +24,17 @@ def command(
 ) -> None:
     """Write the block-FP8 checkpoint SOURCE into the new folder OUT under another dialect.
 
-    Only tensor names, headers and the config change; the data is copied and its hash recorded.
+    SOURCE is a folder or hf://org/name@revision, which is read by byte ranges. Only tensor names, headers and
+    the config change; the data is copied and its hash recorded.
     """
-    from packager.checkpoint.source import locate
+    from packager.cli.source import opened
     from packager.quantize import relabel
 
-    manifest = relabel(locate(source), out, dialect)
+    folder = opened(source)
+    manifest = relabel(folder, out, dialect)
     if as_json:
-        click.echo(json.dumps({"path": str(out), "digest": manifest.digest, "metrics": manifest.metrics}))
+        document = {"path": str(out), "source": folder.name, "digest": manifest.digest}
+        click.echo(json.dumps({**document, "metrics": manifest.metrics}))
     else:
         shards = len(manifest.metrics["data_sha256"])
         click.echo(f"{shards} shard(s) in the {dialect} dialect, data unchanged\n{out}  {manifest.digest}")
