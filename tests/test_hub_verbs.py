@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ WRITING = {
 READING = {
     "diff": (BF16, "diff", "{}", "{fp8}"),
     "diff-second": (FP8, "diff", "{bf16}", "{}"),
+    "verify": (BF16, "verify", "{fp8}", "--against", "{}", "--all"),
+    "verify-int4": (INT4, "verify", "{}", "--against", "{bf16}", "--all"),
 }
 VERBS = {**WRITING, **READING}
 
@@ -206,3 +209,31 @@ def test_dequantizing_from_a_hub_reads_no_byte_a_second_time_to_check_it(
     asked.clear()
     assert run(arguments("dequantize", f"hf://{FP8}@main", folders, tmp_path / "out")) == 0
     assert sum(asked) - headers <= sum(path.stat().st_size for path in folders[FP8].iterdir())
+
+
+@pytest.mark.usefixtures("server")
+def test_a_sample_reads_from_a_hub_what_it_looks_at_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    asked: list[int] = []
+    original = hub._Answer.__init__
+
+    def spy(self: hub._Answer, folder: hub.HubFolder, path: str, begin: int, end: int, size: int) -> None:
+        asked.append(end - begin)
+        original(self, folder, path, begin, end, size)
+
+    monkeypatch.setattr(hub._Answer, "__init__", spy)
+    command = ["verify", str(folders[FP8]), "--against", f"hf://{BF16}@main"]
+    read = {}
+    for much in (["--sample", "2"], ["--all"]):
+        asked.clear()
+        assert run([*command, *much]) == 0
+        read[much[0]] = sum(asked)
+    weights = sum(path.stat().st_size for path in folders[BF16].glob("*.safetensors"))
+    assert read["--sample"] < 0.6 * weights < read["--all"] < 1.5 * weights
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders[FP8], damaged)
+    shard = max(damaged.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    command[1] = str(damaged)
+    assert run([*command, "--all"]) == 5
