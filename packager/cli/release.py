@@ -80,9 +80,9 @@ def _print_outcome(outcome: Outcome) -> None:
         table.add_row(stage.name, _seconds(stage.seconds), "\n".join(figures))
     Console(file=sys.stdout, width=WIDTH, highlight=False).print(table)
     if outcome.weights_served == "dequantized":
-        click.echo(
-            _field("note", "this CPU has no AMX: FP8 weights were served dequantized; the evidence says so")
-        )
+        weights = outcome.recipe.quantize.weights
+        note = f"{weights} weights were served dequantized; the evidence says so. {outcome.why_dequantized}"
+        click.echo(_field("note", note))
     answer, speed = outcome.answer, outcome.metrics("validate")
     rates, concurrency = speed["tokens_per_s"], speed["concurrency"]
     ratio = rates["with_draft"] / rates["without_draft"]
@@ -110,7 +110,7 @@ def _print_plan(plan: DryRun) -> None:
     click.echo(f"Dry run of {plan.recipe}: {plan.source}, for {plan.hardware}")
     click.echo(
         f"{sizes.parameters:,} parameters, {sizes.active_parameters:,} active for a token; "
-        f"{_bytes(sizes.source)} BF16 to {_bytes(sizes.fp8)} FP8, draft {_bytes(sizes.draft)},\n"
+        f"{_bytes(sizes.source)} BF16 to {_bytes(sizes.fp8)} {plan.weights}, draft {_bytes(sizes.draft)},\n"
         f"KV cache {sizes.kv_token / 1024:.0f} KiB a token"
     )
     table = Table(box=box.SIMPLE_HEAD)

@@ -28,7 +28,9 @@ class Outcome:
     stages: list[StageResult]
     answer: FirstAnswer
     weights_served: str
-    """`native`, or `dequantized` on a CPU without FP8 kernels."""
+    """`native`, or `dequantized` on a CPU without kernels for the scheme."""
+    why_dequantized: str
+    """In a sentence; empty if they were served as they are."""
 
     @property
     def nothing_to_do(self) -> bool:
@@ -129,7 +131,8 @@ class _Release:
                 self._extend,
             )
         )
-        self.variants = Variants(recipe, ws, self.source, fp8.inputs["source"], native, self.say)
+        why = "" if native else f"{reason[0].upper()}{reason[1:]}."
+        self.variants = Variants(recipe, ws, self.source, fp8.inputs["source"], why, self.say)
         prompts = _file_input("prompts", recipe.draft.prompts_file)
         draft = run(
             Stage(
@@ -167,7 +170,7 @@ class _Release:
         question = first_question(recipe)
         with self.variants.downloaded(ws.published) as served:
             answer = ask_downloaded(served, question, ws, recipe.validate_.max_output_tokens)
-        return Outcome(recipe, ws, self.pipeline.results, answer, self.variants.weights_served)
+        return Outcome(recipe, ws, self.pipeline.results, answer, self.variants.weights_served, why)
 
     def _quantize(self, digest: str) -> Manifest:
         from packager.quantize import quantize
