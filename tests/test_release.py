@@ -388,6 +388,23 @@ def test_wrong_recipes_end_with_3_and_leave_nothing(
     assert not (tmp_path / "workspace").exists()
 
 
+def test_a_release_can_have_its_weights_converted_by_a_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    workspace = tmp_path / "workspace"
+    command = ["release", str(RECIPES / "nano.yaml"), "--workspace", str(workspace)]
+    for options, code, says in (
+        (("--executor", "ray", "--ray-address", "127.0.0.1:1"), 6, "no Ray cluster answers at 127.0.0.1:1"),
+        (("--executor", "ray"), 2, "no Ray cluster is named"),
+        (("--ray-address", "127.0.0.1:1"), 2, "Add --executor ray"),
+    ):
+        assert run([*command, *options]) == code
+        assert says in capsys.readouterr().err
+    assert not is_sealed(workspace / "fp8")
+
+
 def test_a_release_without_a_workspace_is_a_usage_error() -> None:
     assert run(["release", str(RECIPES / "nano.yaml")]) == 2
 

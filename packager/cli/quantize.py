@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
+from packager.cli.executor import executor_options
 from packager.quantize.kernel import Choice
 from packager.recipe import SCALE_ROUNDINGS, QuantizeSpec, ScaleRounding, SchemeName, TensorRule
 
@@ -122,15 +123,7 @@ def _rules(
     help="The gate: a weight with a lower signal-to-noise ratio ends in exit code 4. Default: 30; 15 for "
     "int4-g128.",
 )
-@click.option(
-    "--executor",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="ray: tensors are converted by a cluster whose nodes see SOURCE under the same path, or read it "
-    "from the hub.",
-)
-@click.option("--ray-address", default=None, help="HOST:PORT of the Ray cluster. Default: RAY_ADDRESS.")
+@executor_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
     source: str,
@@ -179,8 +172,6 @@ def command(
         planned = dry_run(source, spec)
         click.echo(json.dumps(asdict(planned))) if as_json else _print_plan(planned)
         return
-    if ray_address is not None and executor != "ray":
-        raise UsageProblem("--ray-address is of use with --executor ray only", "Add --executor ray.")
     if out is None:
         raise UsageProblem("OUT is not given", "Name a new folder for the output, or add --dry-run.")
     manifest = quantize(

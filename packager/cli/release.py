@@ -7,10 +7,11 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from packager.cli.executor import executor_options
 from packager.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -23,15 +24,25 @@ WIDTH = 80
 @click.argument("recipe")
 @click.option("--workspace", type=click.Path(path_type=Path), help="Folder in which the release grows.")
 @click.option("--signing-key", type=click.Path(path_type=Path), help="Private key; else the workspace's own.")
+@executor_options
 @click.option("--dry-run", is_flag=True, help="Print what each stage reads, writes and needs; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(
-    recipe: str, workspace: Path | None, signing_key: Path | None, dry_run: bool, as_json: bool
+    recipe: str,
+    workspace: Path | None,
+    signing_key: Path | None,
+    executor: Literal["local", "ray"],
+    ray_address: str | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Run RECIPE, a YAML file or the name of a shipped one, stage by stage.
 
     Finished stages are skipped; killed at any moment, the same command continues. The last stage rehearses
     the publication on a loopback hub; `packager publish` does the real one.
+
+    The recipe says what is released; --executor says where its weights are converted, which leaves no trace
+    in the output.
     """
     from packager.recipe import load_recipe
     from packager.release import plan_release, release, shipped_recipe
@@ -53,7 +64,9 @@ def command(
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
         click.echo(f"[{minutes:2d}:{seconds:02d}] {line}", err=True)
 
-    outcome = release(loaded, workspace, say, signing_key=signing_key)
+    outcome = release(
+        loaded, workspace, say, signing_key=signing_key, executor=executor, ray_address=ray_address
+    )
     if as_json:
         click.echo(json.dumps(outcome.document(), indent=2, ensure_ascii=False))
     else:
