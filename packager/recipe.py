@@ -105,6 +105,15 @@ average. INT4 scales are stored as BF16, and codes are chosen for the scale as s
 """
 
 
+WEIGHTS: Mapping[SchemeName, str] = {
+    "fp8-block": "FP8",
+    "fp8-channel": "FP8",
+    "int4-g128": "INT4",
+    "w8a8": "INT8",
+}
+"""What reports call the weights of a scheme."""
+
+
 class QuantizeSpec(Spec):
     """How weights are quantized."""
 
@@ -122,6 +131,11 @@ class QuantizeSpec(Spec):
     BailingMoeV2's; it has one for DeepSeek-V3's."""
     rules: tuple[TensorRule, ...] = ()
     """Decisions on single tensors; each must match some, and no tensor may match two."""
+
+    @property
+    def weights(self) -> str:
+        """What reports call the quantized weights: FP8, INT8 or INT4."""
+        return WEIGHTS[self.scheme]
 
     @model_validator(mode="before")
     @classmethod
@@ -201,7 +215,7 @@ class GatesSpec(Spec):
     """Bounds named beforehand. None: the figure is reported, not gated."""
 
     max_accuracy_loss_points: float | None = None
-    """Largest loss, in percentage points, of FP8 against BF16 (the point estimate)."""
+    """Largest loss, in percentage points, of the quantized weights against BF16 (the point estimate)."""
     min_acceptance_length: float | None = None
     min_identical_fraction: float | None = None
     min_draft_speedup: float | None = None

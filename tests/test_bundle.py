@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -20,6 +22,7 @@ from packager.bundle.verify import verify_bundle
 from packager.cli.bundle import command as bundle_command
 from packager.cli.verify import command as verify_command
 from packager.errors import BadInput, IntegrityFailure
+from packager.recipe import QuantizeSpec, SchemeName
 from validation.gates import at_least
 
 
@@ -294,6 +297,19 @@ def test_the_card_is_read_by_the_hub_library_and_carries_the_measured_figures(re
     assert text.endswith("it too.\n\nLicence: apache-2.0; see [LICENSE-NOTE.md](LICENSE-NOTE.md).\n")
     assert "### Speed\n\nNot measured." in text
     assert "### Long records\n\nNot measured." in text
+
+
+def test_the_card_names_the_weights_of_the_recipes_scheme(stages: Stages, tmp_path: Path) -> None:
+    said = {}
+    for scheme in get_args(SchemeName):
+        quantized = stages.recipe.model_copy(update={"quantize": QuantizeSpec(scheme=scheme)})
+        replace(stages, recipe=quantized).bundle(tmp_path / scheme)
+        card = ModelCard.load(tmp_path / scheme / "README.md")
+        [said[scheme]] = {"fp8", "int8", "int4"} & set(card.data.to_dict()["tags"])
+        assert f"{said[scheme].upper()} rounding of weights is in the figures" in card.text
+        assert f"not those of {said[scheme].upper()} kernels" in card.text
+        assert ("that of\nactivations is not" in card.text) == (scheme != "int4-g128")  # they stay BF16
+    assert said == {"fp8-block": "fp8", "fp8-channel": "fp8", "int4-g128": "int4", "w8a8": "int8"}
 
 
 def test_the_card_serves_by_the_commands_of_serve_yaml(released: Path) -> None:

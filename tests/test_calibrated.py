@@ -289,6 +289,29 @@ def test_the_hundred_billion_parameters_are_refused_from_headers_alone(
         run(source, tmp_path / "out", "gptq-w4a16", data)
 
 
+def test_awq_is_said_to_hold_inputs_outputs_and_a_copy_of_a_layer() -> None:
+    """Every cache and output of one layer, counted tensor by tensor on the nano."""
+    config = BailingConfig.load(NANO)
+    layer, tokens = f"model.layers.{config.num_hidden_layers - 1}.", 1000
+    shapes = {want.name: want.shape for want in expected_tensors(config) if want.name.startswith(layer)}
+    balanced = {
+        smooth: [f"{name}.weight" for name in targets]
+        for smooth, targets in smoothed_pairs(config)
+        if smooth.startswith(layer)
+    }
+    # A pair's parent is its one weight, or the whole feed-forward, which gives a hidden state.
+    parents = {names[0]: shapes[names[0]] for names in balanced.values()}
+    inputs = sum(columns for _, columns in parents.values())
+    widest = max(rows if len(names) == 1 else config.hidden_size
+                 for names in balanced.values() for rows, _ in [shapes[names[0]]])  # fmt: skip
+    assert widest == 512 > config.hidden_size  # fused attention, of which a hidden state's width is half
+    experts = [shape for name, shape in shapes.items() if "experts" in name]
+    copy = sum(rows * columns for rows, columns in experts)
+    needed = memory_needed(config, 0, "awq-w4a16", tokens)
+    # BF16; a parent gives its outputs twice, from the weights as they were and as they are tried.
+    assert needed.statistics == 2 * (tokens * (inputs + 2 * widest) + copy)
+
+
 def test_awq_scales_the_input_of_each_weight_at_most_once_and_the_router_along() -> None:
     config = BailingConfig.load(NANO)
     names = {want.name.removesuffix(".weight"): want for want in expected_tensors(config)}

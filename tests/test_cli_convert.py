@@ -150,6 +150,7 @@ def test_diff_names_what_only_one_side_has(
         ("inspect", "{}"),
         ("quantize", "{}", "{out}"),
         ("relabel", "{}", "{out}", "--dialect", "deepseek"),
+        ("dequantize", "{}", "{out}"),
         ("extend-context", "{}", "{out}", "--length", "256"),
         ("diff", "{}", "{}"),
     ],
@@ -169,10 +170,7 @@ def test_wrong_input_is_one_message_with_its_code_and_leaves_nothing(
     (tmp_path / "empty").mkdir()
     assert "no directory" in refusal(capsys, 3, *with_source(tmp_path / "none"))
     assert "not a checkpoint" in refusal(capsys, 3, *with_source(tmp_path / "empty"))
-    if verb[0] in ("inspect", "quantize"):
-        assert "Write hf://" in refusal(capsys, 2, *with_source("hf://name"))
-    else:
-        assert "hf download" in refusal(capsys, 2, *with_source("hf://org/name"))
+    assert "Write hf://" in refusal(capsys, 2, *with_source("hf://name"))
     other = tmp_path / "llama"
     shutil.copytree(tiny_checkpoint, other)
     config = json.loads((other / "config.json").read_text())

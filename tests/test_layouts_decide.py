@@ -153,7 +153,9 @@ def test_fused_experts_are_not_left_in_16_bits_without_a_word() -> None:
     extra(found, "model.layers.1.mlp.experts.gate_up_proj", 4, 288, 136)
     extra(found, "model.layers.1.mlp.experts.down_proj", 4, 136, 144)
     lines = refusal(MOE, found)
-    assert len(lines) == 2 and all("engines load FP8 experts one matrix at a time" in line for line in lines)
+    assert len(lines) == 2 and all(
+        "engines load quantized experts one matrix at a time" in line for line in lines
+    )
     kept = decided(MOE, found, ("*.mlp.experts.*", "keep"))
     assert kept.do["model.layers.1.mlp.experts.down_proj"] is Do.KEEP
 
@@ -190,7 +192,7 @@ def test_a_rule_takes_a_tensor_as_it_is_or_does_without() -> None:
     ("rule", "why"),
     [
         (("*.mlp.gate.weight", "quantize"), "decides which expert runs"),
-        (("lm_head.weight", "quantize"), "no FP8 scheme"),
+        (("lm_head.weight", "quantize"), "no quantization scheme"),
         (("model.embed_tokens.weight", "quantize"), "look rows up"),
         (("model.norm.weight", "quantize"), "no matrix of a linear layer"),
         (("model.layers.9.*", "keep"), "matches no tensor"),

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -21,10 +21,12 @@ from packager.artifact import ArtifactWriter, Manifest, is_sealed, read_manifest
 from packager.checkpoint.source import Checkpoint
 from packager.cli import run
 from packager.errors import BadInput, IntegrityFailure, UsageProblem
-from packager.recipe import SourceSpec, load_recipe
+from packager.recipe import QuantizeSpec, SchemeName, SourceSpec, load_recipe
 from packager.release import Workspace, plan_release, shipped_recipe
-from packager.release.pipeline import Pipeline, Stage
+from packager.release.figures import stage_figures
+from packager.release.pipeline import Pipeline, Stage, StageResult
 from packager.release.stages import rehearsal_repo
+from packager.release.variants import Variants
 from packager.release.workspace import SourceIdentity, locate
 
 ROOT = Path(__file__).parents[1]
@@ -277,6 +279,55 @@ def test_the_dry_run_follows_the_recipe(tmp_path: Path) -> None:
     assert not [line for line in changed.missing if "revision" in line or "BF16 reference" in line]
 
 
+def test_the_dry_run_counts_and_names_the_weights_of_the_scheme(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml.safe_load(REAL.read_text(encoding="utf-8"))
+    document["source"]["shape"] = str(RECIPES / "ling-flash-2.0.json")
+    document["hardware"] = "1xh20"
+    path, found = tmp_path / "recipe.yaml", {}
+    for scheme in get_args(SchemeName):
+        document["quantize"] = {"scheme": scheme}
+        path.write_text(yaml.safe_dump(document))
+        planned = plan_release(load_recipe(path), path)
+        found[scheme] = planned.sizes.fp8
+        assert run(["release", str(path), "--dry-run"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"{planned.weights}, draft" in said
+        assert f"the BF16 reference that {planned.weights} is compared with" in said
+        assert planned.weights == "FP8" or "FP8" not in said.replace(document["name"], "")
+    assert found["int4-g128"] < 0.6 * found["fp8-block"]
+    assert found["w8a8"] == found["fp8-channel"] > found["fp8-block"]
+
+
+@pytest.mark.parametrize("scheme", get_args(SchemeName))
+def test_variants_gates_and_figures_are_named_for_the_weights_of_the_scheme(
+    scheme: SchemeName, workspace: Workspace
+) -> None:
+    recipe = load_recipe(RECIPES / "nano.yaml")
+    recipe = recipe.model_copy(update={"quantize": QuantizeSpec(scheme=scheme)})
+    for folder in (workspace.fp8, workspace.context, workspace.draft):
+        with ArtifactWriter(folder, stage="x", recipe_digest="sha256:0", inputs={}) as writer:
+            writer.seal({})
+    variants = Variants(recipe, workspace, workspace.root, "sha256:0", "", lambda _: None)
+    with variants.fp8(64) as plain, variants.context() as long, variants.draft() as drafted:
+        labels = [plain.label, long.label, drafted.label]
+    weights = {"int4-g128": "INT4", "w8a8": "INT8"}.get(scheme, "FP8")
+    assert labels == [weights, f"{weights}+YaRN", f"{weights}+YaRN+EAGLE3"]
+    metrics = {
+        "weights": weights,
+        "fp8_difference_points": [0.5, -1, 2],
+        "outcome": "pass",
+        "identical": None,
+        "acceptance_length": None,
+        "long_records": {},
+        "tokens_per_s": {"dense": None},
+    }
+    manifest = read_manifest(workspace.fp8)
+    stage = StageResult("validate", workspace.evidence, manifest, None, False, metrics)
+    assert stage_figures(stage)[f"{weights} - BF16"] == "+0.5 points (-1.0 to +2.0)"
+
+
 def test_the_dry_run_of_the_nano_lacks_nothing_but_what_is_not_installed() -> None:
     path = RECIPES / "nano.yaml"
     missing = plan_release(load_recipe(path), path).missing
@@ -335,6 +386,23 @@ def test_wrong_recipes_end_with_3_and_leave_nothing(
     assert said.startswith("error: ")
     assert "what to do: " in said
     assert not (tmp_path / "workspace").exists()
+
+
+def test_a_release_can_have_its_weights_converted_by_a_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    workspace = tmp_path / "workspace"
+    command = ["release", str(RECIPES / "nano.yaml"), "--workspace", str(workspace)]
+    for options, code, says in (
+        (("--executor", "ray", "--ray-address", "127.0.0.1:1"), 6, "no Ray cluster answers at 127.0.0.1:1"),
+        (("--executor", "ray"), 2, "no Ray cluster is named"),
+        (("--ray-address", "127.0.0.1:1"), 2, "Add --executor ray"),
+    ):
+        assert run([*command, *options]) == code
+        assert says in capsys.readouterr().err
+    assert not is_sealed(workspace / "fp8")
 
 
 def test_a_release_without_a_workspace_is_a_usage_error() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from validation.gates import Gate
     from validation.report import Report
 
-_TAGS = ("bailing_moe_v2", "mixture-of-experts", "fp8", "yarn", "vllm")
+_TAGS = ("bailing_moe_v2", "mixture-of-experts", "yarn", "vllm")
 _OUTCOMES = {"pass": "passed", "fail": "FAILED", "not measured": "not measured", "not gated": "no bound set"}
 _HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0")
 """The identifiers that the hub knows; another licence is `other`, with its name beside it."""
@@ -111,7 +111,11 @@ def _metadata(recipe: Recipe, report: Report, draft: bool) -> str:
         language=list(spec.languages),
         library_name="vllm",
         pipeline_tag="text-generation",
-        tags=[*_TAGS, *(("eagle3", "speculative-decoding") if draft else ())],
+        tags=[
+            *_TAGS,
+            recipe.quantize.weights.lower(),
+            *(("eagle3", "speculative-decoding") if draft else ()),
+        ],
         model_name=served_name(recipe),
         eval_results=_results(recipe, report) or None,
         **fields,

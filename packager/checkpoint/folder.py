@@ -76,6 +76,16 @@ class Folder(ABC):
         """The SHA-256 that the files' keeper states, known without reading; None where nobody states one."""
 
     @abstractmethod
+    def settle(self, name: str) -> None:
+        """Make sure that a file is still what it was when it was opened, before what was made of it counts.
+
+        On a hub: that its bytes have the hash which is listed; what nobody has read in order yet is read.
+
+        Raises:
+            As `OpenFile.fill`.
+        """
+
+    @abstractmethod
     def manifest(self, *, deep: bool, hashed: Mapping[str, str] | None = None) -> Manifest | None:
         """The manifest if this is a sealed artifact that is as it was sealed, None if it is no artifact.
 
@@ -206,6 +216,9 @@ class LocalFolder(Folder):
 
     def stated_sha256(self, _name: str) -> str | None:
         return None
+
+    def settle(self, name: str) -> None:
+        self._look(name)
 
     def manifest(self, *, deep: bool, hashed: Mapping[str, str] | None = None) -> Manifest | None:
         if not is_sealed(self.path):

@@ -40,6 +40,9 @@ _SMALL = 1 << 24
 """Configurations and tokenizers up to this size are fetched once and kept."""
 _READ_AHEAD = 1 << 28
 """Bytes that one request asks for at most while a file is read in order."""
+_EARLY_PIECE, _EARLY_BYTES = 1 << 18, 1 << 20
+"""Bytes of one read, and of all reads of a file, that are kept to be hashed when their turn comes."""
+_SETTLE_BYTES = 1 << 22
 _Result = TypeVar("_Result")
 
 
@@ -197,6 +200,16 @@ class HubFolder(Folder):
     def stated_sha256(self, name: str) -> str | None:
         return self.listed(self._path(name)).sha256
 
+    def settle(self, name: str) -> None:
+        path = self._path(name)
+        size, check = self.listed(path).size, self.check_of(path)
+        handle = _HubFile(self, path)
+        try:
+            while (begin := check.position) < size:
+                handle.fill(memoryview(bytearray(min(_SETTLE_BYTES, size - begin))), begin)
+        finally:
+            handle.close()
+
     def manifest(self, *, deep: bool, hashed: Mapping[str, str] | None = None) -> Manifest | None:
         if MANIFEST_NAME not in self.sizes():
             return None
@@ -306,23 +319,41 @@ class HubFolder(Folder):
 
 
 class _Check:
-    """SHA-256 of a file's bytes as far as they have been read in order, by whichever readers."""
+    """SHA-256 of a file's bytes as far as they have been read in order, by whichever readers.
+
+    A little that is read before its turn is kept until then: a scale is read before the codes it follows.
+    """
 
     def __init__(self, folder: HubFolder, path: str) -> None:
         self._folder, self._path = folder, path
         self._guard = threading.Lock()
         self._file = folder.listed(path)
-        self._hash, self._position = self._file.new_hash(), 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._hash, self.position = self._file.new_hash(), 0
+        self._early: dict[int, bytes] = {}
 
     def feed(self, data: memoryview, position: int) -> None:
         """Take note of bytes at a position. Raises IntegrityFailure at the last byte of a wrong file."""
         with self._guard:
-            if position != self._position:
+            if position > self.position:
+                held = sum(map(len, self._early.values()))
+                if data.nbytes <= _EARLY_PIECE and held + data.nbytes <= _EARLY_BYTES:
+                    self._early[position] = bytes(data)
                 return
-            self._hash.update(data)
-            self._position += data.nbytes
-            if self._position == self._file.size and self._hash.hexdigest() != self._file.etag:
+            self._take(data, position)
+            while early := [at for at in self._early if at <= self.position]:
+                for at in sorted(early):
+                    self._take(memoryview(self._early.pop(at)), at)
+            if self.position == self._file.size and self._hash.hexdigest() != self._file.etag:
+                self._begin()
                 raise self._folder.corrupt(self._path)
+
+    def _take(self, data: memoryview, position: int) -> None:
+        fresh = data[self.position - position :]
+        self._hash.update(fresh)
+        self.position += fresh.nbytes
 
 
 class _HubFile(OpenFile):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from packager.artifact import ArtifactWriter, FileEntry, HashingFile, is_sealed, read_manifest
+from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import DTYPE_BYTES, build_header
 from packager.checkpoint.source import INDEX_NAME
+from packager.errors import IntegrityFailure
+
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -92,20 +95,49 @@ def write_index(writer: ArtifactWriter, plans: Sequence[ShardPlan]) -> FileEntry
     )
 
 
-def carry_over(writer: ArtifactWriter, source: Path, names: Iterable[str]) -> None:
-    """Put unchanged files of the checkpoint `source` into the artifact.
+def carry_over(writer: ArtifactWriter, source: Folder, names: Iterable[str]) -> None:
+    """Put unchanged files of the checkpoint in `source` into the artifact.
 
     Weights are linked, never copied. Small files are linked only where a manifest states their hash: their
-    owner may edit any other in place, and the edit would show in the sealed artifact.
+    owner may edit any other in place, and the edit would show in the sealed artifact. From a hub every file
+    comes straight into the artifact, and does not appear there unless it has the listed hash.
+
+    Raises:
+        IntegrityFailure: bytes other than those sealed or listed.
+        BadInput, RemoteFailure: as `Folder.open`.
     """
-    manifest = read_manifest(source) if is_sealed(source) else None
+    path = source.path
+    manifest = read_manifest(path) if path is not None and is_sealed(path) else None
     for name in names:
         if writer.done(name) is not None:
             continue
         entry = manifest.entry(name) if manifest else None
-        if entry is not None:
-            writer.link(name, source / name, entry.sha256)
+        if path is None:
+            _download(writer, source, name)
+        elif entry is not None:
+            writer.link(name, path / name, entry.sha256)
         elif name.endswith(".safetensors"):
-            writer.link(name, source / name, None)
+            writer.link(name, path / name, None)
         else:
-            writer.copy(name, source / name)
+            writer.copy(name, path / name)
+
+
+def _download(writer: ArtifactWriter, source: Folder, name: str) -> None:
+    stated = source.stated_sha256(name)
+    if stated is None:
+        writer.write_bytes(name, source.read(name))
+        return
+    size, origin = source.sizes()[name], source.open(name)
+    try:
+        with writer.create(name) as handle:
+            for begin in range(0, size, _CHUNK):
+                piece = bytearray(min(_CHUNK, size - begin))
+                origin.fill(memoryview(piece), begin)
+                handle.write(piece)
+            if handle.hexdigest() != stated:
+                raise IntegrityFailure(
+                    f"the bytes of {source.where(name)} are not those that the hub lists",
+                    "Run the same command again; if it happens again, something on the way alters them.",
+                )
+    finally:
+        origin.close()

@@ -71,7 +71,7 @@ def command(
     )
     metrics = manifest.metrics
     if as_json:
-        print_sealed_json(out, manifest)
+        print_sealed_json(out, manifest, source=str(source))
         return
     tensors, data = metrics["tensors"], metrics["calibration"]
     before, after = (readable_bytes(metrics["bytes"][key]) for key in ("source", "written"))

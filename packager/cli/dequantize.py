@@ -17,18 +17,19 @@ from packager.cli.output import print_sealed_json
 def command(source: str, out: Path, as_json: bool) -> None:
     """Write the quantized checkpoint SOURCE with BF16 weights into the new folder OUT.
 
-    Reads block FP8 in both dialects, FP8 with a scale a row, and INT4 and INT8 of compressed-tensors; what
-    was not quantized keeps its bytes. Interrupted at any moment, the same command goes on with the first
-    unfinished shard.
+    SOURCE is a folder or hf://org/name@revision, which is read by byte ranges. It may be block FP8 in both
+    dialects, FP8 with a scale a row, or INT4 or INT8 of compressed-tensors; what was not quantized keeps its
+    bytes. Interrupted at any moment, the same command goes on with the first unfinished shard.
     """
     from packager.checkpoint.header import readable_bytes
-    from packager.checkpoint.source import locate
+    from packager.cli.source import opened
     from packager.quantize import dequantize
 
-    manifest = dequantize(locate(source), out)
+    folder = opened(source)
+    manifest = dequantize(folder, out)
     metrics = manifest.metrics
     if as_json:
-        print_sealed_json(out, manifest)
+        print_sealed_json(out, manifest, source=folder.name)
         return
     tensors = metrics["tensors"]
     before, after = (readable_bytes(metrics["bytes"][key]) for key in ("source", "written"))

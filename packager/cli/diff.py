@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 def command(first: str, second: str, limit: int, by_layer: bool, as_json: bool) -> None:
     """Compare the weights of two checkpoints after dequantization, and their scales where both have any.
 
-    Either may be BF16, FP8 in either dialect, INT4 or INT8. A difference is the signal-to-noise ratio
-    10 log10(sum a^2 / sum (a-b)^2), FIRST being the signal. Exits 0 whether they differ or not; the JSON
-    document says `equal`.
+    Either is a folder, or hf://org/name@revision, which is read by byte ranges; it may be BF16, FP8 in either
+    dialect, INT4 or INT8. A difference is the signal-to-noise ratio 10 log10(sum a^2 / sum (a-b)^2), FIRST
+    being the signal. Exits 0 whether they differ or not; the JSON document says `equal`.
     """
-    from packager.checkpoint.source import locate
+    from packager.cli.source import opened
     from packager.quantize import diff
 
-    found = diff(locate(first), locate(second))
+    a, b = opened(first), opened(second)
+    found = diff(a, b)
     if as_json:
-        document = {"first": first, "second": second, "equal": found.equal, **asdict(found)}
+        document = {"first": a.name, "second": b.name, "equal": found.equal, **asdict(found)}
         click.echo(json.dumps(document, ensure_ascii=False))
         return
     _print(found, limit, by_layer)

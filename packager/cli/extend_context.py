@@ -23,16 +23,18 @@ from packager.cli.output import print_sealed_json
 def command(source: str, out: Path, length: int, as_json: bool) -> None:
     """Write the checkpoint SOURCE into the new folder OUT, configured for LENGTH tokens.
 
-    The weights are linked, not copied; config.json and tokenizer_config.json are rewritten.
+    The weights are linked, not copied; config.json and tokenizer_config.json are rewritten. SOURCE may be
+    hf://org/name@revision: its weights are then streamed into OUT.
     """
-    from packager.checkpoint.source import locate
+    from packager.cli.source import opened
     from packager.context import extend
     from packager.recipe import ContextSpec
 
     spec = ContextSpec(length=length)
-    manifest = extend(locate(source), out, spec, recipe_digest=spec.digest)
+    folder = opened(source)
+    manifest = extend(folder, out, spec, recipe_digest=spec.digest)
     if as_json:
-        print_sealed_json(out, manifest)
+        print_sealed_json(out, manifest, source=folder.name)
         return
     found = manifest.metrics
     click.echo(

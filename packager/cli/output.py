@@ -17,6 +17,7 @@ def progress(line: str) -> None:
     click.echo(line, err=True)
 
 
-def print_sealed_json(path: Path, manifest: Manifest) -> None:
-    """Print where a sealed artifact lies, its digest and its metrics as one JSON document."""
-    click.echo(json.dumps({"path": str(path), "digest": manifest.digest, "metrics": manifest.metrics}))
+def print_sealed_json(path: Path, manifest: Manifest, *, source: str) -> None:
+    """Print where a sealed artifact lies, of what it was made, its digest and its metrics: one document."""
+    document = {"path": str(path), "source": source, "digest": manifest.digest, "metrics": manifest.metrics}
+    click.echo(json.dumps(document))

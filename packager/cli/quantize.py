@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from packager.cli import options
+from packager.cli.executor import executor_options
 from packager.cli.output import print_sealed_json, progress
+from packager.cli.source import opened
 from packager.quantize.convert import Executor
 from packager.quantize.kernel import Choice
 from packager.recipe import (
@@ -127,15 +129,7 @@ def _rules(
     help="The gate: a weight with a lower signal-to-noise ratio ends in exit code 4. Default: 30; 15 for "
     "int4-g128.",
 )
-@click.option(
-    "--executor",
-    type=click.Choice(get_args(Executor)),
-    default="local",
-    show_default=True,
-    help="ray: tensors are converted by a cluster whose nodes see SOURCE under the same path, or read it "
-    "from the hub.",
-)
-@click.option("--ray-address", default=None, help="HOST:PORT of the Ray cluster. Default: RAY_ADDRESS.")
+@executor_options
 @options.as_json
 def command(
     source: str,
@@ -180,16 +174,15 @@ def command(
     if scale_rounding is not None:
         settings["scale_rounding"] = scale_rounding
     spec = _spec(settings)
+    folder = opened(source)
     if only_plan:
-        planned = dry_run(source, spec)
+        planned = dry_run(folder, spec)
         click.echo(json.dumps(asdict(planned))) if as_json else _print_plan(planned)
         return
-    if ray_address is not None and executor != "ray":
-        raise UsageProblem("--ray-address is of use with --executor ray only", "Add --executor ray.")
     if out is None:
         raise UsageProblem("OUT is not given", "Name a new folder for the output, or add --dry-run.")
     manifest = quantize(
-        source,
+        folder,
         out,
         spec,
         recipe_digest=spec.digest,
@@ -202,7 +195,7 @@ def command(
         ray_address=ray_address,
     )
     if as_json:
-        print_sealed_json(out, manifest)
+        print_sealed_json(out, manifest, source=folder.name)
         return
     _print(out, manifest.digest, manifest.metrics)
 

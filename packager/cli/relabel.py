@@ -25,14 +25,16 @@ from packager.recipe import Dialect
 def command(source: str, out: Path, dialect: Dialect, as_json: bool) -> None:
     """Write the block-FP8 checkpoint SOURCE into the new folder OUT under another dialect.
 
-    Only tensor names, headers and the config change; the data is copied and its hash recorded.
+    SOURCE is a folder or hf://org/name@revision, which is read by byte ranges. Only tensor names, headers and
+    the config change; the data is copied and its hash recorded.
     """
-    from packager.checkpoint.source import locate
+    from packager.cli.source import opened
     from packager.quantize import relabel
 
-    manifest = relabel(locate(source), out, dialect)
+    folder = opened(source)
+    manifest = relabel(folder, out, dialect)
     if as_json:
-        print_sealed_json(out, manifest)
+        print_sealed_json(out, manifest, source=folder.name)
     else:
         shards = len(manifest.metrics["data_sha256"])
         click.echo(f"{shards} shard(s) in the {dialect} dialect, data unchanged\n{out}  {manifest.digest}")

@@ -7,11 +7,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from packager.cli import options
+from packager.cli.executor import executor_options
 from packager.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -24,15 +25,25 @@ WIDTH = 80
 @click.argument("recipe")
 @click.option("--workspace", type=click.Path(path_type=Path), help="Folder in which the release grows.")
 @click.option("--signing-key", type=click.Path(path_type=Path), help="Private key; else the workspace's own.")
+@executor_options
 @click.option("--dry-run", is_flag=True, help="Print what each stage reads, writes and needs; run nothing.")
 @options.as_json
 def command(
-    recipe: str, workspace: Path | None, signing_key: Path | None, dry_run: bool, as_json: bool
+    recipe: str,
+    workspace: Path | None,
+    signing_key: Path | None,
+    executor: Literal["local", "ray"],
+    ray_address: str | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Run RECIPE, a YAML file or the name of a shipped one, stage by stage.
 
     Finished stages are skipped; killed at any moment, the same command continues. The last stage rehearses
     the publication on a loopback hub; `packager publish` does the real one.
+
+    The recipe says what is released; --executor says where its weights are converted, which leaves no trace
+    in the output.
     """
     from packager.recipe import load_recipe
     from packager.release import plan_release, release, shipped_recipe
@@ -54,7 +65,9 @@ def command(
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
         click.echo(f"[{minutes:2d}:{seconds:02d}] {line}", err=True)
 
-    outcome = release(loaded, workspace, say, signing_key=signing_key)
+    outcome = release(
+        loaded, workspace, say, signing_key=signing_key, executor=executor, ray_address=ray_address
+    )
     if as_json:
         click.echo(json.dumps(outcome.document(), indent=2, ensure_ascii=False))
     else:
@@ -81,9 +94,9 @@ def _print_outcome(outcome: Outcome) -> None:
         table.add_row(stage.name, _seconds(stage.seconds), "\n".join(figures))
     Console(file=sys.stdout, width=WIDTH, highlight=False).print(table)
     if outcome.weights_served == "dequantized":
-        click.echo(
-            _field("note", "this CPU has no AMX: FP8 weights were served dequantized; the evidence says so")
-        )
+        weights = outcome.recipe.quantize.weights
+        note = f"{weights} weights were served dequantized; the evidence says so. {outcome.why_dequantized}"
+        click.echo(_field("note", note))
     answer, speed = outcome.answer, outcome.metrics("validate")
     rates, concurrency = speed["tokens_per_s"], speed["concurrency"]
     ratio = rates["with_draft"] / rates["without_draft"]
@@ -111,7 +124,7 @@ def _print_plan(plan: DryRun) -> None:
     click.echo(f"Dry run of {plan.recipe}: {plan.source}, for {plan.hardware}")
     click.echo(
         f"{sizes.parameters:,} parameters, {sizes.active_parameters:,} active for a token; "
-        f"{_bytes(sizes.source)} BF16 to {_bytes(sizes.fp8)} FP8, draft {_bytes(sizes.draft)},\n"
+        f"{_bytes(sizes.source)} BF16 to {_bytes(sizes.fp8)} {plan.weights}, draft {_bytes(sizes.draft)},\n"
         f"KV cache {sizes.kv_token / 1024:.0f} KiB a token"
     )
     table = Table(box=box.SIMPLE_HEAD)

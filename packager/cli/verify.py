@@ -63,7 +63,8 @@ def command(
 
     With --against, PATH is any FP8, INT4 or INT8 checkpoint and SOURCE the one it was made from. A second
     implementation, in NumPy, recomputes scales and codes of a sample, or of all weights, and compares every
-    other tensor byte by byte; hashes and signatures are not looked at.
+    other tensor byte by byte; hashes and signatures are not looked at. Either may be hf://REPO@REVISION: what
+    is looked at is then read by byte ranges, and nothing is stored.
     """
     if against is None:
         if sample is not None or everything or scale_rounding is not None:
@@ -74,13 +75,13 @@ def command(
         raise click.UsageError("--key is for a seal; with --against, values are compared")
     if sample is not None and everything:
         raise click.UsageError("--sample and --all exclude each other")
-    from packager.checkpoint.source import locate
+    from packager.cli.source import opened
     from packager.proof.recompute import verify_against
 
-    path = _located(what)
+    made, source = opened(what), opened(against)
     proof = verify_against(
-        path,
-        locate(against),
+        made,
+        source,
         sample=None if everything else sample or _DEFAULT_SAMPLE,
         seed=seed,
         rounding=scale_rounding,
@@ -88,14 +89,14 @@ def command(
         progress=progress,
     )
     if as_json:
-        _print_proof_document(path, against, proof)
+        _print_proof_document(made.name, source.name, proof)
     else:
         _print_proof(proof)
     if not proof.sound:
         first = proof.problems[0] if proof.problems else str(proof.mismatches[0])
+        faults = len(proof.problems) + len(proof.mismatches)
         raise IntegrityFailure(
-            f"{path} does not follow from {against}: {len(proof.problems) + len(proof.mismatches)} fault(s), "
-            f"the first: {first}",
+            f"{made.name} does not follow from {source.name}: {faults} fault(s), the first: {first}",
             "Quantize the source again; if the fault comes back, report it with the lines above.",
         )
 
@@ -148,7 +149,7 @@ def _print_sealed(found: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name:<10} {value}")
 
 
-def _print_proof_document(path: Path, against: str, proof: Proof) -> None:
+def _print_proof_document(path: str, against: str, proof: Proof) -> None:
     document = asdict(proof)
     for row in (document, *document["roles"].values()):
         for internal in ("signal", "noise"):
@@ -158,7 +159,7 @@ def _print_proof_document(path: Path, against: str, proof: Proof) -> None:
     totals = {"tensors": proof.tensors, "checked": proof.checked, "elements": proof.elements}
     click.echo(
         json.dumps(
-            {"path": str(path), "against": against, "sound": proof.sound, **totals, **document},
+            {"path": path, "against": against, "sound": proof.sound, **totals, **document},
             ensure_ascii=False,
             allow_nan=False,
         )

@@ -385,7 +385,7 @@ GPT_OSS = Architecture(
     name="GptOssForCausalLM",
     model_types=("gpt_oss",),
     refused="its experts are MXFP4 as they were trained, about 4.25 bits a weight, and engines serve them "
-    "so: FP8 would be larger and no nearer to the model",
+    "so: FP8 or INT8 would be larger, INT4 hardly smaller, and none nearer to the model",
 )
 
 ARCHITECTURES = (BAILING_MOE_V2, QWEN3_MOE, DEEPSEEK_V3, MIXTRAL, LLAMA, QWEN3, SEED_OSS, GPT_OSS)

@@ -41,15 +41,15 @@ QUANTIZABLE = frozenset(
         Role.ROUTED_EXPERT,
     }
 )
-"""Roles that engines load in FP8."""
+"""Roles that engines load quantized."""
 
 _VECTOR = "it is no matrix of a linear layer: engines use it in the precision it has"
 NEVER_QUANTIZED: Mapping[Role, str] = {
     Role.ROUTER: "it decides which expert runs, and engines give it no quantization scheme",
-    Role.EMBEDDING: "engines look rows up in it and give it no FP8 scheme",
-    Role.LM_HEAD: "engines give the output head no FP8 scheme",
+    Role.EMBEDDING: "engines look rows up in it and give it no quantization scheme",
+    Role.LM_HEAD: "engines give the output head no quantization scheme",
     Role.MTP_PROJECTION: "engines build the projection of a prediction layer without a scheme",
-    Role.FUSED_EXPERTS: "engines load FP8 experts one matrix at a time, and this tensor holds all of a layer",
+    Role.FUSED_EXPERTS: "engines load quantized experts one matrix at a time; this tensor holds many",
     Role.NORM: _VECTOR,
     Role.BIAS: _VECTOR,
     Role.EXPERT_BIAS: _VECTOR,

@@ -6,14 +6,16 @@ Format: 8 bytes little-endian header length, a JSON header, then the data; offse
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,84 @@ ITEM_BYTES = {
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 _LONGEST_HEADER = 100_000_000
+_REMEDY = "Give the folder that holds config.json and *.safetensors."
+
+
+class OpenFile(Protocol):
+    """A file open for reading; for one thread at a time."""
+
+    def fill(self, view: memoryview, position: int) -> None:
+        """Fill `view` with the bytes from `position` on. Raises BadInput, or RemoteFailure: not all come."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class Storage(Protocol):
+    """Where the files of a checkpoint lie: a folder, or whatever else hands out names and bytes.
+
+    What the bytes mean is decided here, by none of the code that wrote them.
+    """
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of each file, by name."""
+
+    def read(self, name: str) -> bytes:
+        """A whole small file."""
+
+    def open(self, name: str) -> OpenFile:
+        """Open a file."""
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """A folder as `Storage`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def sizes(self) -> Mapping[str, int]:
+        if not self.path.is_dir():
+            raise BadInput(f"no folder {self.path}", _REMEDY)
+        return {path.name: path.stat().st_size for path in self.path.iterdir() if path.is_file()}
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as err:
+            raise BadInput(f"cannot read {self.path / name}: {err.strerror}", _REMEDY) from None
+
+    def open(self, name: str) -> OpenFile:
+        return _LocalFile(self.path / name)
+
+
+class _LocalFile:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._handle = os.open(path, os.O_RDONLY)
+        except OSError as err:
+            raise BadInput(f"cannot read {path}: {err.strerror}") from None
+
+    def fill(self, view: memoryview, position: int) -> None:
+        while view.nbytes:  # Linux reads at most 2 GiB at a time
+            try:
+                got = os.preadv(self._handle, [view], position)
+            except OSError as err:
+                raise BadInput(f"cannot read {self._path}: {err.strerror}") from None
+            if not got:
+                raise BadInput(f"{self._path} ended at byte {position}")
+            view, position = view[got:], position + got
+
+    def close(self) -> None:
+        os.close(self._handle)
 
 
 @dataclass(frozen=True)
@@ -55,16 +135,18 @@ class Stored:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises BadInput: missing, not JSON, or a key twice."""
+    return object_in(LocalFiles(path.parent), path.name)
+
+
+def object_in(storage: Storage, name: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises as `Storage.read`, and BadInput: not JSON, or a key twice."""
+    where = f"{storage.name}/{name}"
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except OSError as err:
-        raise BadInput(
-            f"cannot read {path}: {err.strerror}", "Give the folder that holds config.json and *.safetensors."
-        ) from None
+        found = json.loads(storage.read(name), object_pairs_hook=_once)
     except (ValueError, RecursionError) as err:
-        raise BadInput(f"{path} is not sound JSON: {err}") from None
+        raise BadInput(f"{where} is not sound JSON: {err}") from None
     if not isinstance(found, dict):
-        raise BadInput(f"{path} does not hold a JSON object")
+        raise BadInput(f"{where} does not hold a JSON object")
     return found
 
 
@@ -77,34 +159,35 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class WeightFiles:
-    """The tensors of a checkpoint folder and everything that is wrong with its files.
+    """The tensors of a checkpoint and everything that is wrong with its files.
 
-    Use it in a `with` block: files stay open until its end. Reads may come from several threads.
+    Use it in a `with` block: each thread that reads keeps one file open until its end.
     """
 
-    path: Path
+    storage: Storage
     tensors: dict[str, Stored] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     """Faults of headers and index, one line each; tensors of sound files are there all the same."""
-    _open: dict[str, int] = field(default_factory=dict)
+    _own: threading.local = field(default_factory=threading.local)
+    _open: set[OpenFile] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, source: Path | Storage) -> Self:
         """Read index and headers. Raises BadInput: no folder, or no safetensors file in it."""
-        found = cls(path)
-        if not path.is_dir():
-            raise BadInput(f"no folder {path}", "Give the folder that holds config.json and *.safetensors.")
-        present = sorted(entry.name for entry in path.glob("*.safetensors"))
+        storage = LocalFiles(source) if isinstance(source, Path) else source
+        found = cls(storage)
+        sizes = storage.sizes()
+        present = sorted(name for name in sizes if name.endswith(".safetensors"))
         if not present:
-            raise BadInput(
-                f"{path} is not a checkpoint: it has no *.safetensors",
-                "Give the folder that holds config.json and *.safetensors.",
-            )
+            raise BadInput(f"{storage.name} is not a checkpoint: it has no *.safetensors", _REMEDY)
         for name in present:
             try:
-                tensors = _header(path / name)
-            except (OSError, ValueError, RecursionError) as err:
+                tensors = _header(storage, name, sizes[name])
+            except BadInput as err:
+                found.problems.append(err.message)
+                continue
+            except (ValueError, RecursionError) as err:
                 found.problems.append(f"{name}: {err}")
                 continue
             for tensor in tensors:
@@ -114,15 +197,23 @@ class WeightFiles:
                     )
                 else:
                     found.tensors[tensor.name] = tensor
-        found.problems.extend(found._index_problems(present))
+        found.problems.extend(found._index_problems(present, INDEX in sizes))
         return found
 
-    def _index_problems(self, present: list[str]) -> list[str]:
-        index = self.path / INDEX
-        if not index.is_file():
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return self.storage.name
+
+    def object(self, name: str) -> dict[str, Any]:
+        """The JSON object in one of its files. Raises as `object_in`."""
+        return object_in(self.storage, name)
+
+    def _index_problems(self, present: list[str], indexed: bool) -> list[str]:
+        if not indexed:
             return [] if present == [SINGLE] else [f"{len(present)} shards and no {INDEX}"]
         try:
-            weight_map = read_object(index).get("weight_map")
+            weight_map = self.object(INDEX).get("weight_map")
         except BadInput as err:
             return [err.message]
         if not isinstance(weight_map, dict):
@@ -151,25 +242,31 @@ class WeightFiles:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._open.values():
-            os.close(handle)
+        for handle in self._open:
+            handle.close()
         self._open.clear()
+        self._own = threading.local()
 
     def read(self, tensor: Stored, begin: int, end: int) -> NDArray[np.uint8]:
-        """Bytes [begin, end) of a tensor's data. Raises BadInput: an unreadable file, or one cut short."""
-        try:
-            with self._lock:
-                if tensor.file not in self._open:
-                    self._open[tensor.file] = os.open(self.path / tensor.file, os.O_RDONLY)
-            handle, data = self._open[tensor.file], b""
-            while len(data) < end - begin:  # Linux reads at most 2 GiB at a time
-                more = os.pread(handle, end - begin - len(data), tensor.start + begin + len(data))
-                if not more:
-                    raise BadInput(f"{self.path / tensor.file} ended within {tensor.name}")
-                data += more
-        except OSError as err:
-            raise BadInput(f"cannot read {self.path / tensor.file}: {err.strerror}") from None
-        return np.frombuffer(data, np.uint8)
+        """Bytes [begin, end) of a tensor's data. Raises as `OpenFile.fill`."""
+        data = np.empty(end - begin, np.uint8)
+        self._file(tensor.file).fill(data.data, tensor.start + begin)
+        return data
+
+    def _file(self, name: str) -> OpenFile:
+        """This thread's open file; another one that it had open is closed."""
+        held: tuple[str, OpenFile] | None = getattr(self._own, "held", None)
+        if held is not None and held[0] == name:
+            return held[1]
+        handle = self.storage.open(name)
+        with self._lock:
+            self._open.add(handle)
+            if held is not None:
+                self._open.discard(held[1])
+        if held is not None:
+            held[1].close()
+        self._own.held = (name, handle)
+        return handle
 
     def rows(self, tensor: Stored, first: int, last: int) -> NDArray[np.uint8]:
         """The bytes of rows [first, last) of a matrix."""
@@ -182,13 +279,18 @@ class WeightFiles:
         return tuple(int(value) for value in data.view({"I32": "<i4", "I64": "<i8"}[tensor.dtype]))
 
 
-def _header(path: Path) -> list[Stored]:
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+def _header(storage: Storage, file: str, size: int) -> list[Stored]:
+    if size < 8:
+        raise ValueError(f"truncated: {size} bytes are too few for its header")
+    with contextlib.closing(storage.open(file)) as handle:
+        first = bytearray(8)
+        handle.fill(memoryview(first), 0)
+        length = int.from_bytes(first, "little")
+        if length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"truncated: {size} bytes are too few for its header")
-        document = json.loads(handle.read(length), object_pairs_hook=_once)
+        text = bytearray(length)
+        handle.fill(memoryview(text), 8)
+    document = json.loads(text, object_pairs_hook=_once)
     if not isinstance(document, dict):
         raise ValueError("its header is not a JSON object")
     tensors, position = [], 8 + length
@@ -197,7 +299,7 @@ def _header(path: Path) -> list[Stored]:
         entries.sort(key=lambda pair: (pair[1]["data_offsets"][0], pair[1]["data_offsets"][1]))
         for name, entry in entries:
             begin, end = entry["data_offsets"]
-            tensor = Stored(name, entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + begin)
+            tensor = Stored(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + begin)
             natural = all(type(number) is int and number >= 0 for number in (begin, end, *tensor.shape))
             if not natural or end - begin != tensor.nbytes:
                 raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} does not fill its offsets")

@@ -2,7 +2,7 @@
 
 For each chosen weight: the scales are those of the stated rounding, and each code is weight / scale rounded
 to nearest even. All other tensors have the bytes of the source; none is missing, none is extra. One band of
-rows (the rows that share scales) is in memory at a time, for each worker.
+rows (the rows that share scales) and one weight's scales are in memory at a time, for each worker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from packager.errors import BadInput
 from packager.proof import reference
 from packager.proof.dialect import SCALE_DTYPES, Stated, read_stated, scale_of, scale_shape
-from packager.proof.files import Stored, WeightFiles, read_object
+from packager.proof.files import Storage, Stored, WeightFiles
 from packager.proof.integers import Integers
 from packager.proof.reference import Arithmetic, Rounding
 
@@ -122,8 +122,8 @@ class Proof:
 
 
 def verify_against(
-    path: Path,
-    source: Path,
+    path: Path | Storage,
+    source: Path | Storage,
     *,
     sample: int | None,
     seed: int = 0,
@@ -136,7 +136,8 @@ def verify_against(
     Args:
         path: FP8 checkpoint in either dialect, symmetric INT4 or INT8 of compressed-tensors; an unquantized
             one must equal its source.
-        source: the BF16, FP16 or FP32 checkpoint that it was made from.
+        source: the BF16, FP16 or FP32 checkpoint that it was made from. Both may be folders, or whatever else
+            hands out files: of large ones only headers and the tensors that are looked at are read.
         sample: weights to recompute, spread over roles and layers; the first and the last are always among
             them.
         seed: of the sample.
@@ -146,12 +147,13 @@ def verify_against(
 
     Raises:
         BadInput: a folder that is no checkpoint, unsound files, a quantized source, an unknown scheme.
+        RemoteFailure: a hub does not give the bytes.
     """
     with WeightFiles.open(path) as made, WeightFiles.open(source) as original:
         for files in (made, original):
             if files.problems:
-                raise BadInput(f"{files.path} is not sound:\n  " + "\n  ".join(files.problems))
-        stated = _stated(path, source)
+                raise BadInput(f"{files.name} is not sound:\n  " + "\n  ".join(files.problems))
+        stated = _stated(made, original)
         proof = Proof(
             scheme=stated.scheme if stated else None,
             dialect=stated.dialect if stated else None,
@@ -178,12 +180,13 @@ def verify_against(
     return proof
 
 
-def _stated(path: Path, source: Path) -> Stated | None:
-    if "quantization_config" in read_object(source / "config.json"):
-        raise BadInput(f"{source} is quantized itself", "Give the checkpoint that was quantized, in BF16.")
-    stated, problems = read_stated(read_object(path / "config.json"))
+def _stated(made: WeightFiles, original: WeightFiles) -> Stated | None:
+    if "quantization_config" in original.object("config.json"):
+        remedy = "Give the checkpoint that was quantized, in BF16."
+        raise BadInput(f"{original.name} is quantized itself", remedy)
+    stated, problems = read_stated(made.object("config.json"))
     if problems:
-        raise BadInput(f"{path / 'config.json'}: " + "; ".join(problems))
+        raise BadInput(f"{made.name}/config.json: " + "; ".join(problems))
     return stated
 
 
@@ -269,7 +272,7 @@ def _faults_of_codes(made: WeightFiles, stated: Stated, codes: Stored, want: Sto
 
 def _left_out(made: WeightFiles, original: WeightFiles) -> set[str]:
     """Tensors of multi-token prediction layers, if the output has none of them and its config says so."""
-    config = read_object(made.path / "config.json")
+    config = made.object("config.json")
     layers = config.get("num_hidden_layers")
     if config.get("num_nextn_predict_layers") or not isinstance(layers, int):
         return set()
@@ -344,12 +347,11 @@ def _settle_rounding(
         proof.rounding = "bfloat16" if scales[0].dtype == "BF16" else "float32"
         proof.rounding_from = "their dtype"
         return
-    manifest = made.path / "manifest.json"
     if asked is not None:
         proof.rounding, proof.rounding_from = asked, "asked for"
         return
-    if manifest.is_file():
-        metrics = read_object(manifest).get("metrics")
+    if "manifest.json" in made.storage.sizes():
+        metrics = made.object("manifest.json").get("metrics")
         said = metrics.get("scale_rounding") if isinstance(metrics, dict) else None
         if said in ("float32", "power-of-two"):
             proof.rounding, proof.rounding_from = said, "manifest.json"
@@ -398,14 +400,16 @@ class _Bands:
         rows, width = self.want.shape
         block = self.stated.block if self.whole else None
         step = block[0] if block else max(_ROWS_AT_ONCE // max(width, 1), 1)
+        # All at once: what is read from afar is then read in order.
+        stored = reference.widen(self.made.read(self.scale, 0, self.scale.nbytes), self.scale.dtype)
+        stored = stored.reshape(self.scale.shape)
         for first in range(0, rows, step):
             last = min(first + step, rows)
             source = reference.widen(self.original.rows(self.want, first, last), self.want.dtype)
             codes = self.made.rows(self.weight, first, last)
             begin, end = (first // step, first // step + 1) if block else (first, last)
-            scales = reference.widen(self.made.rows(self.scale, begin, end), self.scale.dtype)
             codes = _arithmetic(self.stated).unpacked(codes, width)
-            yield first, source.reshape(-1, width), codes, scales.reshape(end - begin, -1), begin
+            yield first, source.reshape(-1, width), codes, stored[begin:end], begin
 
 
 @dataclass

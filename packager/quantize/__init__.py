@@ -1,4 +1,4 @@
-"""Block FP8: conversion, two dialects of the same bytes, and the way back to BF16 from these and others."""
+"""FP8, INT8 and INT4: conversion, two dialects of the same block FP8, the way back to BF16, comparison."""
 
 from packager.quantize.compare import diff
 from packager.quantize.convert import dry_run, quantize

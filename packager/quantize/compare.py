@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.artifact import check, is_sealed
-from packager.checkpoint.source import TensorReader
+from packager.checkpoint.folder import Folder
+from packager.checkpoint.source import TensorReader, open_folder
 from packager.layouts import Expected
 from packager.quantize.fidelity import TensorFidelity, by_layer, by_role, decibels
 from packager.quantize.quantized import WeightCheckpoint
@@ -85,18 +85,22 @@ class _Ledger:
     scales: ScaleComparison = field(default_factory=ScaleComparison)
 
 
-def diff(first: Path, second: Path) -> Comparison:
+def diff(first: str | Path | Folder, second: str | Path | Folder) -> Comparison:
     """Compare two checkpoints of one architecture, quantized or not, in slabs of a few MB.
+
+    Either may be on a hub. Of a sealed artifact there, the listed hashes are compared with the manifest's;
+    bytes are not hashed as they come, for the order of the model is not that of the files.
 
     Raises:
         BadInput: one of them is not a sound checkpoint of a known architecture, or has an unknown
             quantization.
         IntegrityFailure: one of them is a sealed artifact that was altered.
+        RemoteFailure: a hub does not give the bytes.
     """
-    for path in (first, second):
-        if is_sealed(path):
-            check(path)
-    a, b = WeightCheckpoint.open(Path(first)), WeightCheckpoint.open(Path(second))
+    folders = [side if isinstance(side, Folder) else open_folder(side) for side in (first, second)]
+    for folder in folders:
+        folder.manifest(deep=True)
+    a, b = map(WeightCheckpoint.open, folders)
     names_b = {want.name: want for want in b.layout}
     names_a = {want.name for want in a.layout}
     misshapen: list[str] = []

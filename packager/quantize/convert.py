@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
+from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import TensorInfo, readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, listed
 from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, write_index
@@ -65,7 +66,7 @@ class _Job:
 
 
 def quantize(
-    source: str | Path,
+    source: str | Path | Folder,
     out: Path,
     spec: QuantizeSpec,
     *,
@@ -87,7 +88,7 @@ def quantize(
     of each quantized weight, in the order of the source; `fidelity.svg` draws them.
 
     Args:
-        source: checkpoint directory, or `hf://org/name@revision`, read by byte ranges.
+        source: checkpoint directory, or `hf://org/name@revision`, read by byte ranges, or such a folder opened.
         out: new, unfinished, or already finished artifact.
         spec: scheme, dialect, rounding of scales, shard size, decisions on single tensors.
         recipe_digest: what the manifest records as the settings' digest.
@@ -289,7 +290,7 @@ def _useful_memory(workers: int) -> int:
     return (2 * workers + 2) * 2 * PIECE_BYTES
 
 
-def dry_run(source: str | Path, spec: QuantizeSpec) -> DryRun:
+def dry_run(source: str | Path | Folder, spec: QuantizeSpec) -> DryRun:
     """What `quantize` would do, from headers alone. Raises as `quantize` does before it reads data."""
     job = _plan(source, spec)
     workers = len(os.sched_getaffinity(0))
@@ -298,9 +299,9 @@ def dry_run(source: str | Path, spec: QuantizeSpec) -> DryRun:
     return plan_dry_run(job.checkpoint.name, spec.scheme, job.works, layout, job.shards, peak)
 
 
-def _plan(source: str | Path, spec: QuantizeSpec) -> _Job:
+def _plan(source: str | Path | Folder, spec: QuantizeSpec) -> _Job:
     checkpoint = Checkpoint.open(source)
-    decided = DecidedCheckpoint.of(checkpoint, str(source), rules=spec.rules, mtp=spec.mtp)
+    decided = DecidedCheckpoint.of(checkpoint, rules=spec.rules, mtp=spec.mtp)
     scheme, decisions = scheme_of(spec), decided.decisions
     works = {
         name: _work(info, decisions.layout[name], decisions.do[name], scheme)

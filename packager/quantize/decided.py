@@ -27,7 +27,6 @@ class DecidedCheckpoint:
     def of(
         cls,
         checkpoint: Checkpoint,
-        origin: str,
         *,
         rules: Sequence[TensorRule] = (),
         mtp: Prediction = "drop",
@@ -36,7 +35,6 @@ class DecidedCheckpoint:
 
         Args:
             checkpoint: opened.
-            origin: what messages call it.
             rules: decisions on single tensors.
             mtp: what becomes of multi-token prediction layers.
 
@@ -44,7 +42,7 @@ class DecidedCheckpoint:
             BadInput: an unknown architecture, tensors that do not fit the config or the rules, quantized
                 already.
         """
-        raw = checkpoint.config()
+        raw, origin = checkpoint.config(), checkpoint.name
         model = recognise(raw, checkpoint.folder.where(CONFIG_NAME))
         refuse_quantized(raw, checkpoint.tensors.values(), origin)
         expected = model.tensors_in(checkpoint.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from packager.artifact import ArtifactWriter, Manifest, sealed_for
+from packager.checkpoint.folder import Folder
 from packager.checkpoint.source import CONFIG_NAME, INDEX_NAME, TensorReader
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, carry_over, write_index
 from packager.quantize.convert import require_space
@@ -20,20 +21,21 @@ class DequantizeSpec(Spec):
     dtype: str = "BF16"
 
 
-def dequantize(source: Path, out: Path) -> Manifest:
+def dequantize(source: str | Path | Folder, out: Path) -> Manifest:
     """Write the quantized checkpoint `source` with BF16 weights and no `quantization_config`.
 
-    Reads block FP8 in both dialects, FP8 with a scale a row, and INT4 and INT8 of compressed-tensors. Shards
-    keep their names and the order of their weights. The BF16 values are code x scale, rounded once; with
-    power-of-two scales they are exact. What was not quantized keeps its bytes. Memory: some rows of one
-    weight, and its scales.
+    `source` is a folder or on a hub: block FP8 in both dialects, FP8 with a scale a row, or INT4 or INT8 of
+    compressed-tensors. Shards keep their names and the order of their weights. The BF16 values are code x
+    scale, rounded once; with power-of-two scales they are exact. What was not quantized keeps its bytes.
+    Memory: some rows of one weight, and its scales.
 
     Raises:
         BadInput: `source` is not such a checkpoint of a known architecture, no room, or a target that cannot
             be written.
-        IntegrityFailure: `source` is a sealed artifact that was altered.
+        IntegrityFailure: `source` is a sealed artifact that was altered; a hub gave other bytes.
+        RemoteFailure: the hub does not give the bytes.
     """
-    opened, quantization = WeightCheckpoint.open_quantized(Path(source))
+    opened, quantization = WeightCheckpoint.open_quantized(source)
     checkpoint = opened.checkpoint
     recipe_digest = DequantizeSpec().digest
     inputs = {"source": checkpoint.digest()}
@@ -49,9 +51,10 @@ def dequantize(source: Path, out: Path) -> Manifest:
                     data = ShardData(plan, handle)
                     for spec in plan.tensors:
                         _write_tensor(opened, reader, spec.name, data)
+                    checkpoint.folder.settle(plan.name)
                     data.finish()
-        carry_over(writer, checkpoint.path, [file.name for file in checkpoint.side_files()])
-        if (checkpoint.path / INDEX_NAME).is_file():
+        carry_over(writer, checkpoint.folder, [file.name for file in checkpoint.side_files()])
+        if INDEX_NAME in checkpoint.folder.sizes():
             write_index(writer, plans)
         stated = ("quantization_config", "compression_config")
         config = {key: value for key, value in opened.raw_config.items() if key not in stated}

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import TensorInfo
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, TensorReader, numpy_dtype
 from packager.errors import BadInput
@@ -43,11 +44,12 @@ class WeightCheckpoint:
     """Weight -> the tensors that hold it: codes, scale, and for INT4 its shape and zero points."""
 
     @classmethod
-    def open(cls, source: Path) -> Self:
-        """Open a directory.
+    def open(cls, source: str | Path | Folder) -> Self:
+        """Open a directory, or a checkpoint on a hub.
 
         Raises:
             BadInput: an unknown architecture, tensors that do not fit the config, an unknown scheme.
+            UsageProblem, RemoteFailure: as `Checkpoint.open`.
         """
         checkpoint = Checkpoint.open(source)
         raw = checkpoint.config()
@@ -60,15 +62,17 @@ class WeightCheckpoint:
         if quantization is not None:
             stored = quantized_layout(layout, quantization)
             quantized = {w.name: quantization.stored(w) for w in layout if quantization.quantizes(w)}
-        require_layout(stored, found, str(source))
+        require_layout(stored, found, checkpoint.name)
         return cls(checkpoint, raw, model, quantization, layout, quantized)
 
     @classmethod
-    def open_quantized(cls, source: Path) -> tuple[Self, Quantization]:
-        """Open a directory that must be quantized. Raises BadInput also where it is not."""
+    def open_quantized(cls, source: str | Path | Folder) -> tuple[Self, Quantization]:
+        """Open a checkpoint that must be quantized. Raises as `open`, and BadInput where it is not."""
         opened = cls.open(source)
         if opened.quantization is None:
-            raise BadInput(f"{source} is not quantized: its config.json has no quantization_config")
+            raise BadInput(
+                f"{opened.checkpoint.name} is not quantized: its config.json has no quantization_config"
+            )
         return opened, opened.quantization
 
     def is_quantized(self, weight: str) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from packager.artifact import ArtifactWriter, Manifest, sealed_for
+from packager.checkpoint.folder import Folder
 from packager.checkpoint.source import CONFIG_NAME, INDEX_NAME, TensorReader
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, carry_over, write_index
 from packager.errors import BadInput, UsageProblem
@@ -23,8 +24,8 @@ class RelabelSpec(Spec):
     dialect: Dialect
 
 
-def relabel(source: Path, out: Path, dialect: Dialect) -> Manifest:
-    """Write the block-FP8 checkpoint `source` under `dialect`.
+def relabel(source: str | Path | Folder, out: Path, dialect: Dialect) -> Manifest:
+    """Write the block-FP8 checkpoint `source` (a folder, or on a hub) under `dialect`.
 
     The manifest's metrics hold the SHA-256 of each shard's data section, which is that of the source's.
 
@@ -32,13 +33,14 @@ def relabel(source: Path, out: Path, dialect: Dialect) -> Manifest:
         UsageProblem: `source` has that dialect already.
         BadInput: `source` is not a block-FP8 checkpoint of a known architecture, no room, or a target that
             cannot be written.
-        IntegrityFailure: `source` is a sealed artifact that was altered.
+        IntegrityFailure: `source` is a sealed artifact that was altered; a hub gave other bytes.
+        RemoteFailure: the hub does not give the bytes.
     """
-    opened, quantization = WeightCheckpoint.open_quantized(Path(source))
+    opened, quantization = WeightCheckpoint.open_quantized(source)
     if quantization.scheme != "fp8-block":
-        raise BadInput(f"{source} is {quantization.scheme}; only block FP8 has two dialects")
+        raise BadInput(f"{opened.checkpoint.name} is {quantization.scheme}; only block FP8 has two dialects")
     if quantization.dialect == dialect:
-        raise UsageProblem(f"{source} is in the {dialect} dialect already")
+        raise UsageProblem(f"{opened.checkpoint.name} is in the {dialect} dialect already")
     checkpoint = opened.checkpoint
     recipe_digest = RelabelSpec(dialect=dialect).digest
     inputs = {"source": checkpoint.digest()}
@@ -65,10 +67,11 @@ def relabel(source: Path, out: Path, dialect: Dialect) -> Manifest:
                     with writer.create(plan.name) as handle:
                         data = ShardData(plan, handle)
                         ledger.write_text(_copy_data(opened, reader, plan.name, data))
+                        checkpoint.folder.settle(plan.name)
                         data.finish()
                 digests[plan.name] = ledger.read_text()
-        carry_over(writer, checkpoint.path, [file.name for file in checkpoint.side_files()])
-        if (checkpoint.path / INDEX_NAME).is_file():
+        carry_over(writer, checkpoint.folder, [file.name for file in checkpoint.side_files()])
+        if INDEX_NAME in checkpoint.folder.sizes():
             write_index(writer, plans)
         config = dict(opened.raw_config)
         config["quantization_config"] = quantization_config(

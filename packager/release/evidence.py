@@ -3,13 +3,14 @@
 Five servers, one after another, because two on one machine spoil each other's speed:
 
     BF16 source                     accuracy
-    FP8                             accuracy; long records with the position limit lifted but no YaRN
-    FP8 + YaRN                      accuracy, greedy texts, long records, speed without the draft
-    FP8 + YaRN + draft              accuracy, greedy texts, acceptance, speed with the draft
+    quantized                       accuracy; long records with the position limit lifted but no YaRN
+    quantized + YaRN                accuracy, greedy texts, long records, speed without the draft
+    quantized + YaRN + draft        accuracy, greedy texts, acceptance, speed with the draft
     dense baseline                  speed at the same answer lengths
 
-The position limit changes no rotation, so the second server also stands for FP8 at its own length. An answer
-once given is kept in `work/measurements`; a variant with nothing left to ask is not served at all.
+The position limit changes no rotation, so the second server also stands for the quantized model at its own
+length. Reports call it FP8, INT8 or INT4, after the recipe's scheme. An answer once given is kept in
+`work/measurements`; a variant with nothing left to ask is not served at all.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     from validation.tasks import compare_accuracy, measure_accuracy
     from validation.throughput import measure_throughput
 
-    spec = recipe.validate_
+    spec, weights = recipe.validate_, recipe.quantize.weights
     trained = BailingConfig.load(variants.source).max_position_embeddings
     asked = questions(recipe, variants.source, trained)
     cache = workspace.work / "measurements"
@@ -215,11 +216,11 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             bf16 = accuracy(served)
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
-            long_before = long_records(served, "FP8, no YaRN")
+            long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
             reference = collect_outputs(served.target(cache), same, sampling=sampling)
-            long_after = long_records(served, "FP8, YaRN")
+            long_after = long_records(served, f"{weights}, YaRN")
             without_draft = throughput(served)
         with variants.draft() as served:
             drafted = accuracy(served)
@@ -262,7 +263,7 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
     unexplained = sum(not d.near_tie for d in identity.differences) if identity else None
     return (
         at_most(
-            "accuracy lost by FP8 against BF16",
+            f"accuracy lost by {found.comparisons[0].candidate} against BF16",
             -fp8.difference_points,
             spec.max_accuracy_loss_points,
             "points",
@@ -312,15 +313,12 @@ def collect_evidence(
 
     found = measure(recipe, workspace, variants, say)
     runs = {run.subject: run.label for run in (*found.accuracy, *((found.dense,) if found.dense else ()))}
-    note = ""
-    if variants.weights_served == "dequantized":
-        note = "This CPU has no AMX, so vLLM has no FP8 block kernel for it."
     report = build_report(
         ReportInputs(
             title=recipe.name,
             subjects=tuple(Subject(name=label, digest=digest) for digest, label in runs.items()),
             weights_served=variants.weights_served,
-            weights_note=note,
+            weights_note=variants.why_dequantized,
             environment=collect_environment(),
             accuracy=found.accuracy,
             comparisons=found.comparisons,
@@ -339,7 +337,10 @@ def collect_evidence(
                 )
                 for stage in before
             ),
-            notes=("FP8 without YaRN was served with its position limit lifted, which changes no rotation.",),
+            notes=(
+                f"{recipe.quantize.weights} without YaRN was served with its position limit lifted, which "
+                "changes no rotation.",
+            ),
         )
     )
     with ArtifactWriter(
@@ -359,6 +360,7 @@ def summary(report: Report, found: Measured) -> dict[str, Any]:
         "gates": [gate.model_dump(mode="json") for gate in report.gates],
         "weights_served": report.weights_served,
         "accuracy": {run.label: [run.overall.correct, run.overall.n] for run in report.accuracy},
+        "weights": found.comparisons[0].candidate,
         "fp8_difference_points": [fp8.difference_points, fp8.low_points, fp8.high_points],
         "identical": [found.identity.identical, found.identity.n] if found.identity else None,
         "long_records": {

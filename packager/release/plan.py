@@ -7,6 +7,7 @@ network, no torch and no weights.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +18,22 @@ from packager.bailing.layout import QUANTIZABLE, model_of
 from packager.checkpoint.hub_name import is_commit
 from packager.checkpoint.source import read_json_object
 from packager.errors import BadInput
-from packager.recipe import Recipe
+from packager.recipe import Recipe, SchemeName
 from packager.release.workspace import packaged_checkpoint
 from packager.serving.hardware import GB, Hardware, parse_hardware
-from packager.serving.plan import fit, model_bytes, smallest
+from packager.serving.plan import Precision, fit, model_bytes, smallest
 
 TORCH_BYTES = 0.4 * GB
 """Resident size of a process that has imported torch."""
 COPY_BYTES = 1 << 26
 """Piece in which tensors are copied."""
 
+_PRECISIONS: Mapping[SchemeName, Precision] = {
+    "fp8-block": "fp8",
+    "fp8-channel": "fp8-channel",
+    "int4-g128": "int4",
+    "w8a8": "int8",
+}
 _WEIGHTS, _ITEMS, _DENSE = "the weights", "an items file", "a dense baseline"
 
 
@@ -72,6 +79,8 @@ class DryRun:
     recipe: str
     source: str
     hardware: str
+    weights: str
+    """What the quantized ones are called: FP8, INT8 or INT4."""
     sizes: Sizes
     stages: tuple[StagePlan, ...]
     gates: tuple[tuple[str, float], ...]
@@ -88,7 +97,8 @@ class DryRun:
 def sizes(config: BailingConfig, recipe: Recipe) -> Sizes:
     """Sizes of every artifact, tensor by tensor from the layout."""
     bf16 = model_bytes(config, "bf16")
-    fp8 = model_bytes(config, "fp8", draft_vocab=recipe.draft.vocab_size)
+    precision = _PRECISIONS[recipe.quantize.scheme]
+    fp8 = model_bytes(config, precision, draft_vocab=recipe.draft.vocab_size)
     width = recipe.draft.intermediate_size or 4 * config.hidden_size
     widened = config.model_copy(update={"intermediate_size": width})
     tokens = recipe.draft.prompts * recipe.draft.max_response_tokens
@@ -97,7 +107,7 @@ def sizes(config: BailingConfig, recipe: Recipe) -> Sizes:
         active_parameters=bf16.active_parameters,
         source=bf16.weights,
         fp8=fp8.weights,
-        draft=model_bytes(widened, "fp8", draft_vocab=recipe.draft.vocab_size).draft,
+        draft=model_bytes(widened, precision, draft_vocab=recipe.draft.vocab_size).draft,
         states=tokens * (len(recipe.draft.aux_layers) + 1) * config.hidden_size * 2,
         kv_token=fp8.kv_per_token,
         largest_weight=max(
@@ -119,10 +129,11 @@ def plan_release(recipe: Recipe, path: Path) -> DryRun:
         recipe=recipe.name,
         source=recipe.source.path or f"{recipe.source.repo}@{recipe.source.revision or '(not pinned)'}",
         hardware=recipe.hardware,
+        weights=recipe.quantize.weights,
         sizes=found,
         stages=_stages(recipe, config, found, cards, present),
         gates=_bounds(recipe),
-        # Source, FP8, draft, states, and a rehearsal that uploads and downloads the bundle.
+        # Source, quantized weights, draft, states, and a rehearsal that uploads and downloads the bundle.
         peak_disk=found.source + found.states + 3 * (found.fp8 + found.draft),
         missing=_undecided(recipe, config, present, found, cards),
     )
@@ -280,18 +291,26 @@ def _undecided(
     free = shutil.disk_usage(Path.cwd()).free
     needed = found.fp8 + found.states
     if free < needed:
-        missing.append(f"disk: {free / GB:.0f} GB free here, FP8 weights and states take {needed / GB:.0f}")
+        weights = recipe.quantize.weights
+        missing.append(
+            f"disk: {free / GB:.0f} GB free here, {weights} weights and states take {needed / GB:.0f}"
+        )
     return tuple(missing)
 
 
 def _card_trouble(config: BailingConfig, recipe: Recipe, cards: Hardware) -> list[str]:
     """What of the release, and of the BF16 model it is compared with, the recipe's cards cannot hold."""
     trouble = []
-    released = model_bytes(config, "fp8", draft_vocab=recipe.draft.vocab_size)
+    precision = _PRECISIONS[recipe.quantize.scheme]
+    released = model_bytes(config, precision, draft_vocab=recipe.draft.vocab_size)
     reference = model_bytes(config, "bf16")
     for what, model, context in (
         ("the release", released, recipe.context.length),
-        ("the BF16 reference that FP8 is compared with", reference, config.max_position_embeddings),
+        (
+            f"the BF16 reference that {recipe.quantize.weights} is compared with",
+            reference,
+            config.max_position_embeddings,
+        ),
     ):
         problem = fit(model, cards, context).problem
         if problem is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from packager.artifact import Manifest, file_sha256
 from packager.errors import BadInput, GateFailed
@@ -28,7 +28,9 @@ class Outcome:
     stages: list[StageResult]
     answer: FirstAnswer
     weights_served: str
-    """`native`, or `dequantized` on a CPU without FP8 kernels."""
+    """`native`, or `dequantized` on a CPU without kernels for the scheme."""
+    why_dequantized: str
+    """In a sentence; empty if they were served as they are."""
 
     @property
     def nothing_to_do(self) -> bool:
@@ -72,7 +74,15 @@ class Outcome:
         }
 
 
-def release(recipe: Recipe, root: Path, say: Say, *, signing_key: Path | None = None) -> Outcome:
+def release(
+    recipe: Recipe,
+    root: Path,
+    say: Say,
+    *,
+    signing_key: Path | None = None,
+    executor: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+) -> Outcome:
     """Run a recipe to its end in the workspace `root`; finished stages are skipped.
 
     Args:
@@ -80,25 +90,37 @@ def release(recipe: Recipe, root: Path, say: Say, *, signing_key: Path | None = 
         root: workspace folder; made if missing.
         say: called with one line of progress at a time.
         signing_key: private key of the bundle's signature; None: one of the workspace's own.
+        executor: where weights are converted, as `quantize` has it; stages and digests do not depend on it.
+        ray_address: HOST:PORT of the cluster; None: RAY_ADDRESS.
 
     Raises:
         BadInput: source or settings cannot be used; another problem with files.
         GateFailed: a figure misses its bound or was not measured; the evidence is kept, nothing is bundled.
         UsageProblem: another release runs in this workspace.
         IntegrityFailure: a sealed folder was altered.
-        RemoteFailure: an engine or hub did not do its part.
+        RemoteFailure: an engine, a hub or a Ray cluster did not do its part.
     """
     workspace = Workspace(root)
     source = locate(recipe.source)
     with workspace.open():
-        return _Release(recipe, workspace, source, signing_key or workspace.signing_key, say).run()
+        key, where = signing_key or workspace.signing_key, (executor, ray_address)
+        return _Release(recipe, workspace, source, key, where, say).run()
 
 
 class _Release:
     """One run; each method makes one folder."""
 
-    def __init__(self, recipe: Recipe, workspace: Workspace, source: Path, key: Path, say: Say) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        workspace: Workspace,
+        source: Path,
+        key: Path,
+        where: tuple[Literal["local", "ray"], str | None],
+        say: Say,
+    ) -> None:
         self.recipe, self.workspace, self.source, self.key, self.say = recipe, workspace, source, key, say
+        self.executor, self.ray_address = where
         self.identity = SourceIdentity(source, workspace)
         self.pipeline = Pipeline(workspace, say)
 
@@ -129,7 +151,8 @@ class _Release:
                 self._extend,
             )
         )
-        self.variants = Variants(recipe, ws, self.source, fp8.inputs["source"], native, self.say)
+        why = "" if native else f"{reason[0].upper()}{reason[1:]}."
+        self.variants = Variants(recipe, ws, self.source, fp8.inputs["source"], why, self.say)
         prompts = _file_input("prompts", recipe.draft.prompts_file)
         draft = run(
             Stage(
@@ -167,7 +190,7 @@ class _Release:
         question = first_question(recipe)
         with self.variants.downloaded(ws.published) as served:
             answer = ask_downloaded(served, question, ws, recipe.validate_.max_output_tokens)
-        return Outcome(recipe, ws, self.pipeline.results, answer, self.variants.weights_served)
+        return Outcome(recipe, ws, self.pipeline.results, answer, self.variants.weights_served, why)
 
     def _quantize(self, digest: str) -> Manifest:
         from packager.quantize import quantize
@@ -178,6 +201,8 @@ class _Release:
             self.recipe.quantize,
             recipe_digest=digest,
             progress=lambda line: self.say(f"  {line}"),
+            executor=self.executor,
+            ray_address=self.ray_address,
         )
         self.identity.remember(manifest.inputs["source"])
         return manifest

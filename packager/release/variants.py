@@ -69,13 +69,14 @@ class Served:
 
 @dataclass(frozen=True)
 class Variants:
-    """Makes the servers of one release. `fp8_native`: whether this machine has a kernel for FP8 blocks."""
+    """Makes the servers of one release."""
 
     recipe: Recipe
     workspace: Workspace
     source: Path
     source_digest: str
-    fp8_native: bool
+    why_dequantized: str
+    """Why this machine serves the quantized weights dequantized, in a sentence; empty: it has a kernel."""
     say: Say
 
     @property
@@ -90,12 +91,12 @@ class Variants:
 
     @property
     def weights_served(self) -> Literal["native", "dequantized"]:
-        """How FP8 artifacts are served here."""
-        return "native" if self.fp8_native else "dequantized"
+        """How quantized artifacts are served here."""
+        return "dequantized" if self.why_dequantized else "native"
 
     def servable(self, artifact: Path) -> Path:
         """The artifact itself, or a dequantized copy of it kept in `work/dequantized`."""
-        if self.fp8_native:
+        if not self.why_dequantized:
             return artifact
         from packager.quantize import dequantize
 
@@ -111,10 +112,10 @@ class Variants:
         return self._serve("BF16", self.source_digest, lambda: self._spec(self.source))
 
     def fp8(self, limit: int) -> contextlib.AbstractContextManager[Served]:
-        """FP8 without YaRN; `limit` lifts the position limit, so that long prompts are taken at all."""
+        """Quantized, no YaRN; `limit` lifts the position limit, so that long prompts are taken at all."""
         overrides = {"max_position_embeddings": limit}
         return self._serve(
-            "FP8",
+            self.recipe.quantize.weights,
             self._subject(self.workspace.fp8),
             lambda: self._spec(
                 self.servable(self.workspace.fp8), max_model_len=limit, hf_overrides=overrides
@@ -122,19 +123,19 @@ class Variants:
         )
 
     def context(self) -> contextlib.AbstractContextManager[Served]:
-        """FP8 with YaRN, no draft."""
+        """Quantized, with YaRN, no draft."""
         return self._serve(
-            "FP8+YaRN",
+            f"{self.recipe.quantize.weights}+YaRN",
             self._subject(self.workspace.context),
             lambda: self._spec(self.servable(self.workspace.context)),
         )
 
     def draft(self) -> contextlib.AbstractContextManager[Served]:
-        """FP8 with YaRN and the draft."""
+        """Quantized, with YaRN and the draft."""
         tokens = self.recipe.draft.num_speculative_tokens
         drafted = f"{read_manifest(self.workspace.draft).digest}x{tokens}"
         return self._serve(
-            "FP8+YaRN+EAGLE3",
+            f"{self.recipe.quantize.weights}+YaRN+EAGLE3",
             f"{self._subject(self.workspace.context)}+{drafted}",
             lambda: self._spec(
                 self.servable(self.workspace.context),
@@ -163,7 +164,7 @@ class Variants:
 
     def _subject(self, artifact: Path) -> str:
         digest = read_manifest(artifact).digest
-        return digest if self.fp8_native else f"{digest}:dequantized"
+        return f"{digest}:dequantized" if self.why_dequantized else digest
 
     def _spec(self, model: Path, **settings: Any) -> ServeSpec:
         from packager.serving import ServeSpec

@@ -50,7 +50,7 @@ class ReportInputs(Document):
     title: str
     subjects: tuple[Subject, ...]
     weights_served: Literal["native", "dequantized"]
-    """Dequantized: FP8 weights were expanded to BF16 before serving, for want of a kernel on this machine."""
+    """Dequantized: quantized weights were expanded to BF16 before serving, for want of a kernel here."""
     weights_note: str = ""
     environment: Environment
     accuracy: tuple[AccuracyRun, ...] = ()
