@@ -88,7 +88,7 @@ def quantize(
     of each quantized weight, in the order of the source; `fidelity.svg` draws them.
 
     Args:
-        source: checkpoint directory, or `hf://org/name@revision`, read by byte ranges, or such a folder opened.
+        source: checkpoint directory, or `hf://org/name@revision`, read by byte ranges; or either, opened.
         out: new, unfinished, or already finished artifact.
         spec: scheme, dialect, rounding of scales, shard size, decisions on single tensors.
         recipe_digest: what the manifest records as the settings' digest.
