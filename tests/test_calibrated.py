@@ -170,6 +170,7 @@ def test_within_the_context_every_expert_runs_on_every_token_and_logits_stay() -
     assert seen == dict.fromkeys(experts, ids.numel())
 
 
+@pytest.mark.slow
 def test_a_config_beyond_the_implementation_is_refused() -> None:
     from packager.bailing.hf_config import BailingMoeV2Config
     from packager.bailing.hf_model import BailingMoeV2ForCausalLM

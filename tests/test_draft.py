@@ -284,6 +284,7 @@ def test_predicted_acceptance_walks_as_serving_does(data: DraftData) -> None:
     assert (counts, drafts) == ([2, 1, 1], 3)
 
 
+@pytest.mark.slow
 def test_another_seed_starts_anew(data: DraftData, target: Path) -> None:
     short = SPEC.model_copy(update={"steps": 4})
     train(target, short, data, lambda _: None)

@@ -36,7 +36,9 @@ def ledger(out: Path) -> list[dict[str, Any]]:
 # ---- one result -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", [SCHEMES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCHEMES[1:])]
+)
 def test_any_number_of_workers_gives_the_same_bytes(
     scheme: SchemeName, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
