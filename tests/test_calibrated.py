@@ -274,6 +274,7 @@ def test_too_little_memory_is_said_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_hundred_billion_parameters_are_refused_from_headers_alone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def test_a_length_beyond_the_limit_is_refused_before_it_is_read(tmp_path: Path) 
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_one_name_twice_among_a_hundred_thousand_is_found_at_once() -> None:
     entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     names = [*range(100_000), 99_999]

@@ -65,6 +65,7 @@ def test_a_lookup_answer_stands_on_the_line_of_the_patient_asked() -> None:
             assert len([line for line in lines if "？" not in line]) == 1
 
 
+@pytest.mark.slow
 def test_no_combination_stands_on_both_sides_of_the_split() -> None:
     for task in TASKS:
         train, held = samples(task, 1, held_out=False), samples(task, 1, held_out=True)
@@ -74,6 +75,7 @@ def test_no_combination_stands_on_both_sides_of_the_split() -> None:
         assert len(asked) > 60
 
 
+@pytest.mark.slow
 def test_no_answer_wins_by_being_common() -> None:
     """Within a task and language no constant answer reaches 60 %."""
     for task in TASKS:

@@ -369,6 +369,7 @@ def test_a_published_bundle_is_verified_from_the_hub(bundle: Path, stages: Stage
         download("rehearsal/none", None, endpoint=hub.url)
 
 
+@pytest.mark.slow
 def test_verifying_and_publishing_need_only_the_base_install(bundle: Path, tmp_path: Path) -> None:
     script = f"""
 import sys

@@ -173,6 +173,7 @@ def _run_until_killed(url: str, cache: str) -> None:
     Endpoint(url, "model", concurrency=2).complete(questions(40), Sampling(), subject="s", cache=Path(cache))
 
 
+@pytest.mark.slow
 def test_a_client_killed_in_the_middle_loses_no_answer_and_asks_none_twice(tmp_path: Path) -> None:
     with LoopbackChat(lambda m: "ok " + m, lambda *_: 0.03) as server:
         process = multiprocessing.get_context("spawn").Process(
