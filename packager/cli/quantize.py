@@ -120,7 +120,7 @@ def _rules(
     type=click.Choice(get_args(Choice)),
     default="auto",
     show_default=True,
-    help="auto: the compiled kernel where the checkpoint is large enough to pay for its start-up.",
+    help="auto: the compiled kernel where there is one, or the checkpoint is large enough to pay for it.",
 )
 @click.option(
     "--min-snr-db",
