@@ -68,7 +68,7 @@ demo: venv  ## the whole release of the nano model, end to end, on this machine
 # one at a time.
 test: venv  ## every test this machine can run
 	@failed=0
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not engine" || failed=1
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not engine" || failed=1
 	$(BIN)/python -m pytest -q -m engine || failed=1
 	exit $$failed
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -107,16 +108,16 @@ def test_the_compiled_kernel_gives_the_same_bytes_and_is_made_once(
         pytest.skip(f"no compiled kernel here: {first['lines']}")
     assert contents(tmp_path / "first") == contents(tmp_path / "eager")
     made = list((tmp_path / "cache" / "moe-packager" / "kernels").iterdir())
-    assert len(made) == 1  # sizes are variables of the kernel, and nothing else is left lying about
+    assert {file.suffix for file in made} == {".so", ".expected"} and len(made) == 2  # sizes are variables
     again = compiled_elsewhere(source, tmp_path / "again", spec)
     assert again["lines"][0] == "kernel: compiled by Inductor"
-    assert not any(name.startswith(("torch._inductor.", "torch._dynamo.")) for name in again["modules"])
+    assert "torch" not in again["modules"]
     assert contents(tmp_path / "again") == contents(tmp_path / "eager")
 
 
 def kernel_for(spec: QuantizeSpec, lines: list[str]) -> Kernel:
     scheme = scheme_of(spec)
-    return choose_kernel("compiled", scheme, dtypes=[torch.bfloat16], nbytes=10**12, progress=lines.append)
+    return choose_kernel("compiled", scheme, dtypes=["bfloat16"], nbytes=10**12, progress=lines.append)
 
 
 def test_without_a_compiler_the_definition_itself_runs(
@@ -128,9 +129,9 @@ def test_without_a_compiler_the_definition_itself_runs(
     lines: list[str] = []
     kernel = kernel_for(QuantizeSpec(), lines)
     assert lines[-1] == "kernel: eager PyTorch, op by op (no compiled one: no C++ compiler found)"
-    slabs = kernel(torch.ones(256, 128, dtype=torch.bfloat16))
+    slabs = kernel(np.ones((256, 128), ml_dtypes.bfloat16))
     assert slabs is not None
-    assert torch.cat([slab.scales for slab in slabs]).tolist() == [[2.0**-8], [2.0**-8]]
+    assert np.concatenate([slab.scales for slab in slabs]).tolist() == [[2.0**-8], [2.0**-8]]
 
 
 @pytest.mark.slow
@@ -143,18 +144,20 @@ def test_a_kept_library_is_used_by_many_threads_and_trusted_only_if_it_computes_
     kernel = kernel_for(spec, lines)
     if lines[-1] != "kernel: compiled by Inductor":
         pytest.skip(f"no compiled kernel here: {lines}")
-    weights = [torch.randn(384, 640).to(torch.bfloat16) for _ in range(8)]
+    random = np.random.default_rng(7)
+    weights = [random.standard_normal((384, 640)).astype(ml_dtypes.bfloat16) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         several = list(pool.map(kernel, weights * 25))
     for found, rows in zip(several, weights * 25, strict=True):
         wanted = kernel.scheme.slab(rows)
         assert found is not None and wanted is not None
-        assert torch.equal(torch.cat([slab.codes for slab in found]), wanted.codes)
+        assert np.array_equal(np.concatenate([slab.codes for slab in found]), wanted.codes)
     # Half a library, then that of another scheme, under the name of one that was never compiled.
-    own, wrong = (compiled.library_of(scheme_of(s), torch.bfloat16) for s in (spec, other))
+    own, wrong = (compiled.library_of(scheme_of(s), "bfloat16") for s in (spec, other))
     good = own.read_bytes()
     for data, reason in ((good[:99], f"{wrong}: "), (good, "not those of the definition")):
         wrong.write_bytes(data)
+        wrong.with_suffix(".expected").write_text("0" * 64)
         lines.clear()
         assert kernel_for(other, lines).title == "eager PyTorch, op by op"
         assert reason in lines[-1]
@@ -288,12 +291,12 @@ def test_a_weight_halfway_between_two_codes_fails_the_default_gate(
 
 def test_figures_do_not_depend_on_how_the_weights_are_cut() -> None:
 
-    weight = torch.randn(512, 384, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight = np.random.default_rng(3).standard_normal((512, 384)).astype(ml_dtypes.bfloat16)
     for scheme in map(scheme_of, EVERY_SCHEME):
         whole = scheme.slab(weight)
         halves = [scheme.slab(part) for part in (weight[:256], weight[256:])]
         assert whole is not None
-        assert torch.equal(torch.cat([half.scales for half in halves if half]), whole.scales)
+        assert np.array_equal(np.concatenate([half.scales for half in halves if half]), whole.scales)
         parts = [half.figures for half in halves if half is not None]
         total = Figures.total(parts)
         assert replace(total, signal=0, error=0, cross=0) == replace(

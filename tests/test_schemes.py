@@ -26,7 +26,7 @@ from packager.quantize import dequantize, diff, dry_run
 from packager.quantize.fidelity import LEDGER_NAME
 from packager.quantize.integers import bfloat16_values, pack_int4
 from packager.quantize.quantized import WeightCheckpoint
-from packager.quantize.schemes import Slab, scheme_of
+from packager.quantize.schemes import scheme_of
 from packager.recipe import QuantizeSpec, SchemeName, TensorRule
 from packager.serving.plan import model_bytes
 
@@ -46,10 +46,16 @@ def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {path.name: path for path in base.iterdir()}
 
 
-def slab_of(scheme: SchemeName, weight: Any) -> Slab:
-    slab = scheme_of(spec_of(scheme)).slab(weight)
+def slab_of(scheme: SchemeName, weight: Any) -> tuple[Any, Any]:
+    """Codes, as bytes, and scales of a BF16 weight, as tensors."""
+    import ml_dtypes
+    import torch
+
+    slab = scheme_of(spec_of(scheme)).slab(weight.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
     assert slab is not None
-    return slab
+    narrow = slab.scales.dtype == ml_dtypes.bfloat16
+    scales = torch.from_numpy(slab.scales.view(np.int16) if narrow else slab.scales)
+    return torch.from_numpy(slab.codes), scales.view(torch.bfloat16) if narrow else scales
 
 
 def unpacked(codes: Any) -> Any:
@@ -76,13 +82,13 @@ def test_scales_and_codes_are_those_of_compressed_tensors_in_float32(scheme: Sch
     from compressed_tensors.quantization.utils import calculate_qparams
 
     weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(4)).bfloat16()
-    slab, args = slab_of(scheme, weight), their_args(scheme).weights
+    (codes, found), args = slab_of(scheme, weight), their_args(scheme).weights
     groups = weight.float().reshape(96, -1, args.group_size or 512)
     scales, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    assert torch.equal(slab.scales, scales.to(slab.scales.dtype))
+    assert torch.equal(found, scales.to(found.dtype))
     kind = torch.float8_e4m3fn if scheme == "fp8-channel" else torch.int8
-    theirs = quantize(weight.float(), slab.scales.float(), None, args, dtype=kind)
-    ours = unpacked(slab.codes) if scheme == "int4-g128" else slab.codes
+    theirs = quantize(weight.float(), found.float(), None, args, dtype=kind)
+    ours = unpacked(codes) if scheme == "int4-g128" else codes
     assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
@@ -91,9 +97,9 @@ def test_in_bf16_compressed_tensors_rounds_twice_and_is_never_nearer() -> None:
     from compressed_tensors.quantization.lifecycle.forward import quantize
 
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(5)).bfloat16()
-    slab = slab_of("int4-g128", weight)
-    theirs = quantize(weight, slab.scales, None, their_args("int4-g128").weights, dtype=torch.int8)
-    ours, spread = unpacked(slab.codes), slab.scales.double().repeat_interleave(128, dim=1)
+    packed, scales = slab_of("int4-g128", weight)
+    theirs = quantize(weight, scales, None, their_args("int4-g128").weights, dtype=torch.int8)
+    ours, spread = unpacked(packed), scales.double().repeat_interleave(128, dim=1)
     steps = (ours.int() - theirs.int()).abs()
     assert steps.max() == 1 and 0 < steps.float().mean() < 0.01
     errors = [(codes.double() * spread - weight.double()).abs() for codes in (ours, theirs)]
@@ -105,7 +111,8 @@ def test_packing_is_that_of_compressed_tensors() -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     codes = torch.randint(-8, 8, (12, 256), generator=torch.Generator().manual_seed(6)).to(torch.int8)
-    assert torch.equal(pack_int4(codes).view(torch.int32), pack_to_int32(codes, 4))
+    ours = torch.from_numpy(pack_int4(codes.numpy().view(np.uint8)).view(np.int32))
+    assert torch.equal(ours, pack_to_int32(codes, 4))
 
 
 def test_rounding_to_bf16_on_bits_is_the_cast() -> None:

@@ -1,9 +1,9 @@
 """A scheme's arithmetic fused by Inductor into one pass over the weights, kept as a shared library.
 
-It is compiled ahead of time, once. Later processes load the library in milliseconds: they need neither Dynamo
-nor Inductor, whose imports alone take longer than a gigabyte of weights. It is called through its C
-interface, by ctypes, which lets go of the interpreter's lock: workers convert side by side. Torch's own
-loader holds it.
+It is compiled ahead of time, once. Later processes load it, and the C++ part of torch, in a fraction of a
+second: they need neither Dynamo nor Inductor nor torch's Python modules, whose imports take longer than a
+gigabyte of weights. It is called through its C interface and torch's (`aoti_torch/c/shim.h`, stable within a
+release of torch) by ctypes, which lets go of the interpreter's lock: workers convert side by side.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import weakref
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.quantize import fp8_block, integers
 from packager.quantize.dialects import BLOCK
-from packager.quantize.fp8_block import Quantized
-from packager.quantize.schemes import Scheme, Slab
+from packager.quantize.schemes import Arithmetic, Arrays, Scheme
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
-_OUTPUTS = 8
-"""Tensors of a `Quantized`."""
+_pointer, _size, _long = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
 
 
 class Fused:
@@ -38,52 +41,78 @@ class Fused:
 
     def __init__(self, library: Path) -> None:
         """Load it. Raises OSError, RuntimeError, AttributeError: it is none, or not for this torch."""
-        import torch
-
-        library_ = ctypes.CDLL(str(library))
-        self._container = ctypes.c_void_p()
-        self._run = library_.AOTInductorModelContainerRun
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        self._run.argtypes = [pointer, pointer, size, pointer, size, pointer, pointer]
-        create = library_.AOTInductorModelContainerCreateWithDevice
-        create.argtypes = [pointer, size, ctypes.c_char_p, ctypes.c_char_p]
+        self._torch = _libtorch()
+        loaded = ctypes.CDLL(str(library))
+        self._run = loaded.AOTInductorModelContainerRun
+        self._run.argtypes = [_pointer, _pointer, _size, _pointer, _size, _pointer, _pointer]
+        create = loaded.AOTInductorModelContainerCreateWithDevice
+        create.argtypes = [_pointer, _size, ctypes.c_char_p, ctypes.c_char_p]
+        self._container = _pointer()
         # A call takes one of so many instances; they are small, for there are no constants in it.
         if create(ctypes.byref(self._container), os.cpu_count() or 1, b"cpu", None):
             raise RuntimeError(f"{library} cannot be loaded")
-        self._from_tensors: Callable[..., Any] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
-        self._to_tensors: Callable[..., Any] = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
+        outputs = _size()
+        if loaded.AOTInductorModelContainerGetNumOutputs(self._container, ctypes.byref(outputs)):
+            raise RuntimeError(f"{library} does not say what it gives")
+        self._outputs = outputs.value
 
-    def __call__(self, blocks: torch.Tensor) -> Quantized:
+    def __call__(self, blocks: NDArray[Any]) -> Arrays:
         """`Scheme.arithmetic` of blocks [R, r, C, c], contiguous, no size that is a variable being 1."""
-        (given,) = self._from_tensors([blocks])
-        inputs = (ctypes.c_void_p * 1)(_address(given, None))
-        outputs = (ctypes.c_void_p * _OUTPUTS)()
-        if self._run(self._container, inputs, 1, outputs, _OUTPUTS, None, None):
+        inputs = (_pointer * 1)(self._tensor(blocks))
+        outputs = (_pointer * self._outputs)()
+        # The library takes the input's handle; the memory stays ours.
+        if self._run(self._container, inputs, 1, outputs, self._outputs, None, None):
             raise RuntimeError(f"the compiled kernel failed on blocks {list(blocks.shape)} of {blocks.dtype}")
-        return tuple(self._to_tensors([_capsule(address) for address in outputs]))
+        codes, *figures = (self._array(_pointer(handle)) for handle in outputs)
+        return codes, *(figure.view("f4").reshape(blocks.shape[0], blocks.shape[2]) for figure in figures)
+
+    def _tensor(self, array: NDArray[Any]) -> ctypes.c_void_p:
+        """A handle of a tensor that lies where `array` lies."""
+        torch, handle = self._torch, _pointer()
+        sizes = (_long * array.ndim)(*array.shape)
+        steps = (_long * array.ndim)(*(step // array.itemsize for step in array.strides))
+        dtype = getattr(torch, f"aoti_torch_dtype_{array.dtype.name}")()
+        device = torch.aoti_torch_device_type_cpu()
+        created = torch.aoti_torch_create_tensor_from_blob(
+            _pointer(array.ctypes.data), _long(array.ndim), sizes, steps, _long(0), dtype, device, 0,
+            ctypes.byref(handle),
+        )  # fmt: skip
+        if created:
+            raise RuntimeError(f"torch takes no tensor of {array.dtype} {list(array.shape)}")
+        return handle
+
+    def _array(self, handle: ctypes.c_void_p) -> NDArray[np.uint8]:
+        """The bytes of a contiguous tensor, which lives as long as the array."""
+        import numpy as np
+
+        torch, data, count, width = self._torch, _pointer(), _long(), _size()
+        torch.aoti_torch_get_data_ptr(handle, ctypes.byref(data))
+        torch.aoti_torch_get_numel(handle, ctypes.byref(count))
+        dtype = ctypes.c_int32()
+        torch.aoti_torch_get_dtype(handle, ctypes.byref(dtype))
+        width.value = torch.aoti_torch_dtype_element_size(dtype)
+        memory = (ctypes.c_uint8 * (count.value * width.value)).from_address(data.value or 0)
+        weakref.finalize(memory, torch.aoti_torch_delete_tensor_object, handle)
+        return np.frombuffer(memoryview(memory).cast("B"), np.uint8)
 
 
-_address = ctypes.pythonapi.PyCapsule_GetPointer
-_address.restype, _address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+@cache
+def _libtorch() -> ctypes.CDLL:
+    """The C++ part of the torch that is installed."""
+    found = find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    return ctypes.CDLL(str(Path(found.submodule_search_locations[0]) / "lib" / "libtorch_cpu.so"))
 
 
-def _capsule(address: int | None) -> Any:
-    return _new_capsule(address, None, None)
+def library_of(scheme: Scheme, dtype: str) -> Path:
+    """Where the library lies once it has been compiled: for this definition, torch and processor.
 
-
-def library_of(scheme: Scheme, dtype: torch.dtype) -> Path:
-    """Where the library lies once it has been compiled: for this definition, torch, compiler and processor.
-
-    Under `$XDG_CACHE_HOME/moe-packager/kernels`, by default `~/.cache`.
+    Under `$XDG_CACHE_HOME/moe-packager/kernels`, by default `~/.cache`. `dtype` is numpy's name.
     """
-    import torch
-
     made_for = [inspect.getsource(module) for module in (fp8_block, integers, sys.modules[__name__])]
     digest = hashlib.sha256("".join([*made_for, _processor()]).encode()).hexdigest()
-    name = f"{scheme.name} {dtype} {torch.__version__} {digest[:16]}"
+    name = f"{scheme.name} {dtype} {metadata.version('torch')} {digest[:16]}"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "moe-packager" / "kernels" / (re.sub(r"[^\w.+]+", "-", name) + ".so")
 
@@ -98,73 +127,89 @@ def _processor() -> str:
     return f"{platform.machine()} {features}"
 
 
-def load(scheme: Scheme, dtype: torch.dtype) -> Callable[[torch.Tensor], Quantized]:
+def load(scheme: Scheme, dtype: str) -> Arithmetic:
     """The compiled form of `scheme.arithmetic` for this dtype; compiled now unless it has been before.
 
-    It is compared with the definition before it is given out. Raises whatever goes wrong.
+    What it makes of a sample is compared, before it is given out, with what the definition made of it when it
+    was compiled. Raises whatever goes wrong.
     """
     library = library_of(scheme, dtype)
     if not library.is_file():
         _compile(scheme, dtype, library)
-
-    def arithmetic(blocks: torch.Tensor) -> Quantized:
-        # Such slabs are rare and small; compiled code takes a size of 1 for a constant.
-        if blocks.shape[0] == 1 or (scheme.columns is not None and blocks.shape[2] == 1):
-            return scheme.arithmetic(blocks)
-        return fused(blocks.contiguous())
-
     try:
-        fused = Fused(library)
-        _require_equal(scheme, arithmetic, dtype)
+        arithmetic = _with_edges(scheme, Fused(library))
+        if _answer(scheme, arithmetic, dtype) != _expected(library).read_text(encoding="ascii"):
+            raise RuntimeError("its codes are not those of the definition")
     except Exception:
         library.unlink(missing_ok=True)  # the next run makes a new one
         raise
     return arithmetic
 
 
-def _compile(scheme: Scheme, dtype: torch.dtype, library: Path) -> None:
+def _with_edges(scheme: Scheme, fused: Fused) -> Arithmetic:
+    import numpy as np
+
+    def arithmetic(blocks: NDArray[Any]) -> Arrays:
+        rows, _, columns, _ = blocks.shape
+        # Compiled code takes a size of 1 for a constant, so a second block is put beside it; this is rare.
+        more = int(rows == 1), int(columns == 1 and scheme.columns is not None)
+        if not any(more):
+            return fused(np.ascontiguousarray(blocks))
+        padded = np.pad(blocks, ((0, more[0]), (0, 0), (0, more[1]), (0, 0)))
+        codes, *figures = fused(padded)
+        codes = codes.reshape(padded.shape)[:rows, :, :columns]
+        return codes, *(np.ascontiguousarray(figure[:rows, :columns]) for figure in figures)
+
+    return arithmetic
+
+
+def _compile(scheme: Scheme, dtype: str, library: Path) -> None:
     if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
         raise RuntimeError("no C++ compiler found")
     import torch
     from torch._inductor import aot_compile
     from torch.export import Dim, export
 
-    class Arithmetic(torch.nn.Module):
-        def forward(self, blocks: torch.Tensor) -> Quantized:
-            return scheme.arithmetic(blocks)
+    class Definition(torch.nn.Module):
+        def forward(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return scheme.definition(blocks)
 
     library.parent.mkdir(parents=True, exist_ok=True)
-    example = torch.ones(2, scheme.rows, 3, scheme.columns or BLOCK, dtype=dtype)
     rows, columns = Dim("rows", min=2, max=1 << 24), Dim("columns", min=2, max=1 << 24)
-    sizes = {0: rows, 2: columns}
-    if scheme.columns is None:
-        example, sizes = example[:, :, :1].contiguous(), {0: rows, 3: columns}
+    sizes = {0: rows, 3 if scheme.columns is None else 2: columns}
+    shape = (2, scheme.rows, 1, BLOCK) if scheme.columns is None else (2, scheme.rows, 3, scheme.columns)
+    example = torch.ones(shape, dtype=getattr(torch, dtype))
     with tempfile.TemporaryDirectory(dir=library.parent) as folder, torch.no_grad():
-        program = export(Arithmetic(), (example,), dynamic_shapes=(sizes,))
+        program = export(Definition(), (example,), dynamic_shapes=(sizes,))
         # A worker is one thread: the code itself needs none.
         options = {"cpp.threads": 1, "aot_inductor.output_path": f"{folder}/kernel.so"}
         made = aot_compile(program.module(), (example,), options=options)
+        expected = _expected(Path(folder) / "kernel.so")
+        expected.write_text(_answer(scheme, scheme.arithmetic, dtype), encoding="ascii")
+        expected.replace(_expected(library))
         Path(str(made)).replace(library)
 
 
-def _require_equal(
-    scheme: Scheme, arithmetic: Callable[[torch.Tensor], Quantized], dtype: torch.dtype
-) -> None:
-    """Raise RuntimeError unless codes and scales are those of the definition, for weights of any size."""
-    import torch
+def _expected(library: Path) -> Path:
+    """The file beside a library with what `_answer` is of the definition."""
+    return library.with_suffix(".expected")
 
-    generator = torch.Generator().manual_seed(0)
+
+def _answer(scheme: Scheme, arithmetic: Arithmetic, dtype: str) -> str:
+    """A digest of the codes and scales that `arithmetic` gives weights of many magnitudes, and zeros."""
+    import ml_dtypes
+    import numpy as np
+
+    digest = hashlib.sha256()
     for rows, columns in ((2 * BLOCK, 3 * BLOCK), (3 * BLOCK, 2 * BLOCK)):
-        values = torch.randn(rows, columns, generator=generator)
-        values[:BLOCK] *= torch.logspace(-9, 2, columns)
-        sample = (values * 0.02).to(dtype)
-        found, wanted = scheme.slab(sample, arithmetic), scheme.slab(sample)
-        if found is None or wanted is None or not _same(found, wanted):
-            raise RuntimeError("its codes are not those of the definition")
-
-
-def _same(one: Slab, other: Slab) -> bool:
-    import torch
-
-    codes = torch.equal(one.codes.view(torch.uint8), other.codes.view(torch.uint8))
-    return codes and torch.equal(one.scales, other.scales)
+        # Multiplicative hashing of 0, 1, 2, ...: the same numbers whatever is installed.
+        mixed = np.arange(rows * columns, dtype=np.uint32) * np.uint32(2654435761)
+        values = (mixed.astype(np.int64) - 2**31).reshape(rows, columns) * 2.0**-36
+        values[:BLOCK] *= 2.0 ** (np.arange(columns) % 36 - 30.0)
+        values[-BLOCK:, -BLOCK:] = 0.0
+        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+        slab = scheme.slab(values.astype(kind), arithmetic)
+        if slab is None:
+            raise RuntimeError("it finds values that are not finite where there are none")
+        digest.update(slab.codes.tobytes() + slab.scales.tobytes())
+    return digest.hexdigest()

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
 from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import TensorInfo, readable_bytes
-from packager.checkpoint.source import CONFIG_NAME, Checkpoint, listed
+from packager.checkpoint.source import CONFIG_NAME, Checkpoint, listed, numpy_dtype
 from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, write_index
 from packager.errors import BadInput, UsageProblem
 from packager.layouts import Do, Expected, count_parameters
@@ -30,7 +31,7 @@ from packager.quantize.output import OutputShards
 from packager.quantize.plot import PLOT_NAME, ledger_svg
 from packager.quantize.schemes import Scheme, scheme_of
 from packager.quantize.source_files import outline
-from packager.quantize.stream import PIECE_BYTES, Away, SourceChanged, Stream, TensorWork, torch_dtype
+from packager.quantize.stream import PIECE_BYTES, Away, SourceChanged, Stream, TensorWork
 from packager.recipe import QuantizeSpec
 
 STAGE = "quantize"
@@ -263,7 +264,7 @@ def _kernel_maker(
         choose_kernel,
         choice,
         job.scheme,
-        dtypes={torch_dtype(info) for info in left},
+        dtypes={numpy_dtype(info.dtype).name for info in left},
         nbytes=sum(info.nbytes for info in left) // sharers,
     )
 
@@ -372,6 +373,4 @@ def _metrics(job: _Job, ledger: list[LedgerEntry]) -> dict[str, Any]:
 
 
 def _tools() -> dict[str, str]:
-    import torch
-
-    return {"torch": str(torch.__version__)}
+    return {"torch": metadata.version("torch")}

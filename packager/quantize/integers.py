@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from packager.quantize.fp8_block import SMALLEST_SCALE, Quantized, block_max, block_sum, error_sums
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
 def bfloat16_values(positive: torch.Tensor) -> torch.Tensor:
@@ -49,13 +51,13 @@ def quantize_integers(blocks: torch.Tensor, bits: int, bfloat16_scales: bool) ->
     return values.to(torch.int8), scales, amax, *error_sums(wide, error), block_sum(ends.float())
 
 
-def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Codes -8 to 7 (int8 [R, K], K a multiple of 8) as the bytes of int32 [R, K/8]: uint8 [R, K/2].
+def pack_int4(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes -8 to 7 (int8, as bytes [R, K], K a multiple of 8) as the bytes of int32 [R, K/8]: [R, K/2].
 
     Eight an int32, low bits first, code + 8; see `int4`.
     """
-    import torch
+    import numpy as np
 
-    pairs = (codes + 8).view(torch.int16)  # little-endian: the even column in the low byte
+    pairs = (codes + np.uint8(8)).view(np.uint16)  # little-endian: the even column in the low byte
     pairs |= pairs >> 4
-    return pairs.to(torch.uint8)  # the low byte
+    return pairs.astype(np.uint8)  # the low byte

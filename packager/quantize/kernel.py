@@ -6,16 +6,17 @@ the definition before it is trusted with a tensor.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 from packager.quantize import compiled
-from packager.quantize.fp8_block import Quantized
-from packager.quantize.schemes import Arithmetic, Scheme, Slab
+from packager.quantize.schemes import Arithmetic, Arrays, Scheme, Slab
 
 if TYPE_CHECKING:
-    import torch
+    from numpy.typing import NDArray
 
 Choice = Literal["auto", "compiled", "eager"]
 
@@ -37,7 +38,13 @@ class Kernel:
     """That of the scheme, or a compiled form of it."""
     slab_elements: int
 
-    def __call__(self, rows: torch.Tensor) -> list[Slab] | None:
+    @staticmethod
+    def enter_thread() -> None:
+        """Let torch, if it is there, compute on the calling thread alone. Each worker is one."""
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(1)
+
+    def __call__(self, rows: NDArray[Any]) -> list[Slab] | None:
         """Quantize rows [R, K] that begin with a block's first row, slab by slab.
 
         Returns None if a value is not finite.
@@ -57,37 +64,41 @@ def choose_kernel(
     choice: Choice,
     scheme: Scheme,
     *,
-    dtypes: Iterable[torch.dtype],
+    dtypes: Iterable[str],
     nbytes: int,
     progress: Callable[[str], None],
 ) -> Kernel:
     """The kernel for `nbytes` of weights of these dtypes; says in `progress` which one it is, and why.
 
-    The threads that call the kernel must have set torch to one thread each, and no gradients.
-
     Args:
         choice: `auto` compiles where that saves time. Without a working compiler it is eager in any case.
+        scheme: what it computes.
+        dtypes: numpy's names of them.
+        nbytes: of source.
+        progress: called with a line.
     """
-    eager = Kernel("eager PyTorch, op by op", scheme, scheme.arithmetic, _EAGER_SLAB)
-    wanted = sorted(dtypes, key=str)
-    if not wanted:
-        return eager
+    wanted = sorted(dtypes)
     known = all(compiled.library_of(scheme, dtype).is_file() for dtype in wanted)
     if choice == "eager" or (choice == "auto" and not known and nbytes < _WORTH_COMPILING):
-        progress(f"kernel: {eager.title}")
-        return eager
+        return _eager(scheme, "", progress)
     if not known:
         progress("compiling the kernel (a quarter of a minute; kept for the next time)")
     try:
         fused = {dtype: compiled.load(scheme, dtype) for dtype in wanted}
     except Exception as err:  # whatever is wrong with a compiler: the definition itself still runs
         reason = (str(err).strip() or type(err).__name__).splitlines()[0]
-        progress(f"kernel: {eager.title} (no compiled one: {reason})")
-        return eager
+        return _eager(scheme, f" (no compiled one: {reason})", progress)
 
-    def arithmetic(blocks: torch.Tensor) -> Quantized:
-        return fused[blocks.dtype](blocks)
+    def arithmetic(blocks: NDArray[Any]) -> Arrays:
+        return fused[blocks.dtype.name](blocks)
 
     kernel = Kernel("compiled by Inductor", scheme, arithmetic, _COMPILED_SLAB)
     progress(f"kernel: {kernel.title}")
+    return kernel
+
+
+def _eager(scheme: Scheme, why: str, progress: Callable[[str], None]) -> Kernel:
+    import_module("torch")  # now and not by the first worker, so that the memory it takes is counted
+    kernel = Kernel("eager PyTorch, op by op", scheme, scheme.arithmetic, _EAGER_SLAB)
+    progress(f"kernel: {kernel.title}{why}")
     return kernel

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import metadata
 from types import TracebackType
 from typing import Any, Self
 
@@ -71,15 +72,11 @@ _bench: _Bench | None = None
 
 
 def _software() -> dict[str, str]:
-    import torch
-
-    return {"packager": __version__, "torch": str(torch.__version__)}
+    return {"packager": __version__, "torch": metadata.version("torch")}
 
 
 def _set_up(run: str, conditions: _Conditions) -> _Bench:
     """Raises UsageProblem, BadInput: this node cannot take part."""
-    import torch
-
     node = socket.gethostname()
     if (found := _software()) != conditions.software:
         raise UsageProblem(
@@ -92,9 +89,10 @@ def _set_up(run: str, conditions: _Conditions) -> _Bench:
             f"{node} has no {folder.path}",
             "All nodes must see the source under the same path. Share it, or read it from hf://.",
         )
-    torch.set_num_threads(1)
     make = conditions.make_kernel
     kernel = make(progress=lambda _: None) if make else None
+    if kernel:
+        kernel.enter_thread()
     return _Bench(run, conditions.checkpoint.reader(), kernel)
 
 
@@ -108,14 +106,10 @@ def _convert_at_worker(
     global _bench
     try:
         import ray
-        import torch
 
         if _bench is None or _bench.run != run:
             _bench = _set_up(run, ray.get(conditions[0]))
-        with torch.no_grad():
-            return convert_part(
-                _bench.reader, _bench.kernel, work, begin, end, written=written, hashed=hashed
-            )
+        return convert_part(_bench.reader, _bench.kernel, work, begin, end, written=written, hashed=hashed)
     except PackagerError as err:
         return err
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from packager.checkpoint.source import numpy_dtype
 from packager.checkpoint.writer import TensorSpec
 from packager.layouts import Expected
 from packager.quantize.dialects import BLOCK, Quantization
@@ -21,19 +22,23 @@ from packager.quantize.integers import pack_int4, quantize_integers
 from packager.recipe import QuantizeSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
-Arithmetic = Callable[["torch.Tensor"], Quantized]
-"""Quantizes blocks [R, r, C, c]; see `Quantized`."""
+Arrays = tuple["NDArray[Any]", ...]
+"""A `Quantized` in numpy: codes as bytes, the rest float32."""
+Arithmetic = Callable[["NDArray[Any]"], Arrays]
+"""Quantizes blocks [R, r, C, c] of bfloat16, float16 or float32."""
 
 
 @dataclass(frozen=True)
 class Slab:
     """Rows of a weight after quantization, as they are stored."""
 
-    codes: torch.Tensor
-    """[rows, ...]: float8_e4m3fn or int8 [rows, columns]; INT4 packed, uint8 [rows, columns / 2]."""
-    scales: torch.Tensor
+    codes: NDArray[np.uint8]
+    """Float8_e4m3fn or int8 [rows, columns]; INT4 packed [rows, columns / 2]."""
+    scales: NDArray[Any]
     """[rows / rows of a block, columns / columns of a block], rounded up, in the stored dtype."""
     figures: Figures
 
@@ -50,38 +55,51 @@ class Scheme:
     """Rows of a block, the weights that share a scale."""
     columns: int | None
     """Columns of a block; None: all."""
-    arithmetic: Arithmetic
+    definition: Callable[[torch.Tensor], Quantized]
+    """The arithmetic, of blocks [R, r, C, c]."""
     min_snr_db: float
     """The gate unless another is named: well below what bell-shaped weights get, above what bad ones do."""
 
-    def slab(self, rows: torch.Tensor, arithmetic: Arithmetic | None = None) -> Slab | None:
-        """Quantize rows [R, K] of any float dtype; R counts from a block's first row.
+    def arithmetic(self, blocks: NDArray[Any]) -> Arrays:
+        """`definition` run op by op."""
+        import numpy as np
+        import torch
+
+        if blocks.dtype.name == "bfloat16":  # numpy knows it by name only
+            tensor = torch.from_numpy(blocks.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(blocks)
+        with torch.no_grad():
+            codes, *figures = self.definition(tensor)
+        return codes.view(torch.uint8).numpy(), *(figure.numpy() for figure in figures)
+
+    def slab(self, rows: NDArray[Any], arithmetic: Arithmetic | None = None) -> Slab | None:
+        """Quantize rows [R, K] of bfloat16, float16 or float32; R counts from a block's first row.
 
         Args:
-            rows: the weights.
+            rows: the weights, contiguous.
             arithmetic: a compiled form of the scheme's own.
 
         Returns:
             None if a value is not finite.
         """
-        import torch
+        import numpy as np
 
         count, width = rows.shape
         columns = self.columns or width
-        pad = -width % columns, -count % self.rows
+        pad = -count % self.rows, -width % columns
         if any(pad):
-            rows = torch.nn.functional.pad(rows, (0, pad[0], 0, pad[1]))
-        blocks = rows.view(rows.shape[0] // self.rows, self.rows, rows.shape[1] // columns, columns)
+            whole = np.zeros((count + pad[0], width + pad[1]), rows.dtype)
+            whole[:count, :width] = rows
+            rows = whole
+        blocks = rows.reshape(rows.shape[0] // self.rows, self.rows, rows.shape[1] // columns, columns)
         codes, scales, amax, *sums = (arithmetic or self.arithmetic)(blocks)
-        largest = amax.numpy()
-        if not math.isfinite(float(largest.max())):  # the maximum of anything and NaN is NaN
+        if not math.isfinite(float(amax.max())):  # the maximum of anything and NaN is NaN
             return None
-        figures = Figures.of_blocks(scales.numpy(), largest, *(part.numpy() for part in sums))
-        codes = codes.view(rows.shape)
-        if any(pad):
-            codes = codes[:count, :width].contiguous()
+        figures = Figures.of_blocks(scales, amax, *sums)
+        codes = np.ascontiguousarray(codes.reshape(rows.shape)[:count, :width])
         if self.quantization.scheme == "int4":
-            codes, scales = pack_int4(codes), scales.to(torch.bfloat16)
+            codes, scales = pack_int4(codes), scales.astype(numpy_dtype("BF16"))
         return Slab(codes, scales, figures)
 
     def stored(self, want: Expected) -> tuple[TensorSpec, ...]:
@@ -112,7 +130,6 @@ def scheme_of(spec: QuantizeSpec) -> Scheme:
     name = f"{spec.scheme}, {spec.scale_rounding} scales"
     power_of_two = spec.scale_rounding == "power-of-two"
 
-    # Plain functions: Dynamo wraps a `partial`, and then compiles it more often than it needs to.
     def fp8(blocks: torch.Tensor) -> Quantized:
         return quantize_blocks(blocks, power_of_two)
 

@@ -9,8 +9,8 @@ finished and goes into the journal; when a shard's last tensor is finished, the 
 its name.
 
 How the source is cut depends on shapes alone, so the number of workers, the memory they may use and an
-interruption leave no trace in the output. torch, hashlib, reads and writes release the interpreter's lock;
-each worker is one thread of computation.
+interruption leave no trace in the output. The kernel, hashlib, reads and writes release the interpreter's
+lock; each worker is one thread of computation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from packager.checkpoint.header import TensorInfo, readable_bytes
-from packager.checkpoint.source import Checkpoint, TensorReader
+from packager.checkpoint.source import Checkpoint, TensorReader, numpy_dtype
 from packager.checkpoint.writer import TensorSpec
 from packager.errors import BadInput, IntegrityFailure
 from packager.quantize.fidelity import Figures, LedgerEntry
@@ -35,7 +35,6 @@ from packager.quantize.source_files import header_bytes
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
 
     Bytes = NDArray[np.uint8]
@@ -280,10 +279,9 @@ class Stream:
 
     def _work(self) -> None:
         try:
-            import torch
-
-            torch.set_num_threads(1)
-            with torch.no_grad(), self._checkpoint.reader() as reader:
+            if self._kernel:
+                self._kernel.enter_thread()
+            with self._checkpoint.reader() as reader:
                 while (task := self._next_task()) is not None:
                     what, piece = task
                     if what == "convert":
@@ -471,17 +469,15 @@ def convert_part(
     if not work.band:
         refuse_nonfinite(work.info, data, begin)
         return Converted(source, [data], [], [])
-    import torch
-
     assert kernel is not None
-    slabs = kernel(torch.from_numpy(data).view(torch_dtype(work.info)).view(-1, work.info.shape[1]))
+    slabs = kernel(data.view(numpy_dtype(work.info.dtype)).reshape(-1, work.info.shape[1]))
     if slabs is None:
         refuse_nonfinite(work.info, data, begin)
         raise RuntimeError(f"{work.info.name}: overflow in float32")
     return Converted(
         source,
-        [slab.codes.view(torch.uint8).numpy() for slab in slabs],
-        [slab.scales.view(torch.uint8).numpy() for slab in slabs],
+        [slab.codes for slab in slabs],
+        [slab.scales.view("u1") for slab in slabs],
         [slab.figures for slab in slabs],
     )
 
@@ -501,13 +497,6 @@ def _duration(seconds: float) -> str:
         if whole >= 3600
         else f"{whole // 60}:{whole % 60:02} min"
     )
-
-
-def torch_dtype(info: TensorInfo) -> torch.dtype:
-    """The torch type of a weight that can be quantized."""
-    import torch
-
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[info.dtype]
 
 
 def refuse_nonfinite(info: TensorInfo, chunk: NDArray[np.uint8], begin: int) -> None:
