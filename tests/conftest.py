@@ -77,6 +77,22 @@ def write_checkpoint(
 
 
 @pytest.fixture
+def impatient_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub client waits for nothing, knows no token, and caches in the test's own folder."""
+    from huggingface_hub import constants
+
+    from packager.checkpoint import hub_faults
+
+    monkeypatch.setattr(hub_faults, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     """A factory: `make_checkpoint(name="source", **arguments of write_checkpoint)`."""
 

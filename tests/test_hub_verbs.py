@@ -13,7 +13,7 @@ from quantizing import contents
 from quantizing import run as convert
 
 from packager.artifact import file_sha256
-from packager.checkpoint import Checkpoint, hub, hub_faults
+from packager.checkpoint import Checkpoint, hub
 from packager.cli import run
 from packager.publish.loopback_hub import LoopbackHub
 from packager.recipe import QuantizeSpec
@@ -35,13 +35,7 @@ READING = {
 VERBS = {**WRITING, **READING}
 
 
-@pytest.fixture(autouse=True)
-def _offline_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hub_faults, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+pytestmark = pytest.mark.usefixtures("impatient_hub")
 
 
 @pytest.fixture(scope="module")

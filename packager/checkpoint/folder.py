@@ -117,7 +117,7 @@ class Folder(ABC):
         """A whole small file. Raises as `OpenFile.fill`, and BadInput: no such file, or a large one."""
         size = self.sizes().get(name)
         if size is None:
-            raise BadInput(f"no file {self.where(name)}")
+            raise BadInput(f"no file {self.where(name)}", "Give the folder of a whole checkpoint.")
         if size > MAX_WHOLE_BYTES:
             raise BadInput(f"{self.where(name)} has {size} bytes: too many for a file that is read whole")
         return self.beginning(name, size)

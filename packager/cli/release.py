@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +16,7 @@ from packager.cli.executor import executor_options
 from packager.errors import UsageProblem
 
 if TYPE_CHECKING:
+    from packager.quantize.convert import Executor
     from packager.release import DryRun, Outcome
 
 WIDTH = 80
@@ -32,7 +33,7 @@ def command(
     recipe: str,
     workspace: Path | None,
     signing_key: Path | None,
-    executor: Literal["local", "ray"],
+    executor: Executor,
     ray_address: str | None,
     dry_run: bool,
     as_json: bool,

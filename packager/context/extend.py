@@ -21,9 +21,8 @@ def extend(source: str | Path | Folder, out: Path, spec: ContextSpec, *, recipe_
     """Write `source` with a YaRN configuration for `spec.length` tokens into the sealed artifact `out`.
 
     config.json gets the patch of `yarn_patch`, tokenizer_config.json the same `model_max_length` (which caps
-    the length in engines); all other files are those of `source`:
-    linked, or copied from the hub that it is on. The manifest's metrics hold the rotary
-    frequencies that engines must arrive at.
+    the length in engines); all other files are those of `source`, linked, or copied from the hub that it is
+    on. The manifest's metrics hold the rotary frequencies that engines must arrive at.
 
     Raises:
         BadInput: not a BailingMoeV2 checkpoint, one that is extended already, or a length that does not fit.

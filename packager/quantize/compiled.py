@@ -85,13 +85,14 @@ class Fused:
         """The bytes of a contiguous tensor, which lives as long as the array."""
         import numpy as np
 
-        torch, data, count, width = self._torch, _pointer(), _long(), _size()
-        torch.aoti_torch_get_data_ptr(handle, ctypes.byref(data))
-        torch.aoti_torch_get_numel(handle, ctypes.byref(count))
-        dtype = ctypes.c_int32()
-        torch.aoti_torch_get_dtype(handle, ctypes.byref(dtype))
-        width.value = torch.aoti_torch_dtype_element_size(dtype)
-        memory = (ctypes.c_uint8 * (count.value * width.value)).from_address(data.value or 0)
+        torch, data, count, dtype = self._torch, _pointer(), _long(), ctypes.c_int32()
+        failed = torch.aoti_torch_get_data_ptr(handle, ctypes.byref(data))
+        failed |= torch.aoti_torch_get_numel(handle, ctypes.byref(count))
+        failed |= torch.aoti_torch_get_dtype(handle, ctypes.byref(dtype))
+        if failed or not data.value:
+            raise RuntimeError("torch does not say where a result lies")
+        nbytes = count.value * torch.aoti_torch_dtype_element_size(dtype)
+        memory = (ctypes.c_uint8 * nbytes).from_address(data.value)
         weakref.finalize(memory, torch.aoti_torch_delete_tensor_object, handle)
         return np.frombuffer(memoryview(memory).cast("B"), np.uint8)
 

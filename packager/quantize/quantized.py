@@ -71,7 +71,8 @@ class WeightCheckpoint:
         opened = cls.open(source)
         if opened.quantization is None:
             raise BadInput(
-                f"{opened.checkpoint.name} is not quantized: its config.json has no quantization_config"
+                f"{opened.checkpoint.name} is not quantized: its config.json has no quantization_config",
+                "Give a quantized checkpoint; `packager quantize` makes one.",
             )
         return opened, opened.quantization
 

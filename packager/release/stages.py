@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from packager.artifact import Manifest, file_sha256
 from packager.errors import BadInput, GateFailed
@@ -15,6 +15,9 @@ from packager.release.evidence import collect_evidence, first_question
 from packager.release.pipeline import Pipeline, Say, Stage, StageResult, sections_of
 from packager.release.variants import Variants
 from packager.release.workspace import SourceIdentity, Workspace, locate
+
+if TYPE_CHECKING:
+    from packager.quantize.convert import Executor
 
 PASSPHRASE_VARIABLE = "PACKAGER_KEY_PASSPHRASE"
 
@@ -80,7 +83,7 @@ def release(
     say: Say,
     *,
     signing_key: Path | None = None,
-    executor: Literal["local", "ray"] = "local",
+    executor: Executor = "local",
     ray_address: str | None = None,
 ) -> Outcome:
     """Run a recipe to its end in the workspace `root`; finished stages are skipped.
@@ -116,7 +119,7 @@ class _Release:
         workspace: Workspace,
         source: Path,
         key: Path,
-        where: tuple[Literal["local", "ray"], str | None],
+        where: tuple[Executor, str | None],
         say: Say,
     ) -> None:
         self.recipe, self.workspace, self.source, self.key, self.say = recipe, workspace, source, key, say
