@@ -52,12 +52,11 @@ class Reply:
 
 
 _Broken = Literal["reset", "lost-reply", "cut-reply", "short-reply", "altered-reply", "no-range"]
-Fault = int | Reply | _Broken | Callable[[int], None]
+Fault = int | Reply | _Broken
 """A status or a whole answer to give instead; or: cut the connection before acting; act and send nothing; act
-and send half of the answer, then reset or close; act and change one byte; act as if no range were asked. Or a
-function that is told the size of each piece of the contents before it is sent, and may keep it waiting."""
+and send half of the answer, then reset or close; act and change one byte; act as if no range were asked."""
 FaultHook = Callable[[str, str], Fault | None]
-"""Asked at every request with its method and path."""
+"""Asked at every request with its method and path; may keep it waiting."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -159,8 +158,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([first ^ 1]))
                 left -= 1
             while left and (chunk := content.read(min(left, 1 << 20))):
-                if callable(fault):
-                    fault(len(chunk))
                 self.wfile.write(chunk)
                 left -= len(chunk)
         if cut:
