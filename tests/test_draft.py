@@ -57,7 +57,8 @@ def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, A
 
     config = draft_config(TARGET | {"rope_scaling": rope_scaling}, SPEC)
     generator = torch.Generator().manual_seed(3)
-    ours = Eagle3Head(config, torch.randn(VOCAB, HIDDEN, generator=generator))
+    embeddings = torch.randn(VOCAB, HIDDEN, generator=generator)
+    ours = Eagle3Head(config, embeddings)
     ours.initialise(0, torch.randn(SPEC.vocab_size, HIDDEN, generator=generator) * 0.1, torch.ones(HIDDEN))
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -99,7 +100,7 @@ def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, A
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected
     assert not [name for name in missing if name.startswith(("layers", "fc", "norm", "lm_head"))]
-    theirs.embed_tokens.weight.data.copy_(ours.embed_tokens)
+    theirs.embed_tokens.weight.data.copy_(embeddings)
 
     ids = torch.randint(0, VOCAB, (40,), generator=generator)
     states = torch.randn(39, 3 * HIDDEN, generator=generator)
@@ -114,7 +115,7 @@ def test_head_computes_what_speculators_model_computes(rope_scaling: dict[str, A
         place=places,
         slot=torch.arange(queries),
         tokens=torch.stack([padded[place + 1 : place + 2 + steps] for place in places.tolist()]),
-        last=torch.zeros(queries, steps, HIDDEN),
+        last=torch.zeros(queries, HIDDEN),
     )
     captured: list[torch.Tensor] = []
     theirs.lm_head.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
@@ -156,8 +157,8 @@ def test_a_sample_gets_the_same_logits_alone_and_in_a_batch(data: DraftData, tar
 @pytest.mark.slow
 def test_loss_is_speculators_kl_up_to_the_targets_own_entropy(data: DraftData, target: Path) -> None:
     losses = pytest.importorskip("speculators.losses.eager")
+    from packager.draft.loss import Target, draft_loss
     from packager.draft.states import collate, samples
-    from packager.draft.train import Target, draft_loss
 
     sample = samples(data.records()[:1], data.states)
     batch = collate(sample, aux=3, hidden=HIDDEN, steps=1)
@@ -165,7 +166,7 @@ def test_loss_is_speculators_kl_up_to_the_targets_own_entropy(data: DraftData, t
     weights = load_file(target / "model.safetensors")
     rows = weights["lm_head.weight"].float()
     found, _ = draft_loss([logits], batch, Target(rows, rows, torch.ones(HIDDEN), 1e-6), torch.arange(VOCAB))
-    last = batch.last[:, 0].float()
+    last = batch.last.float()
     goal = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-6) @ rows.T
     entropy = -(goal.softmax(-1) * goal.log_softmax(-1)).sum(-1)
     real = batch.tokens[:, 1] >= 0  # the rest fills the batch up to its shape
@@ -270,8 +271,8 @@ def test_training_killed_and_resumed_ends_with_the_same_bytes(
 
 def test_predicted_acceptance_walks_as_serving_does(data: DraftData) -> None:
     """A response of eight tokens: a draft of three all right, then none, then one before the end."""
+    from packager.draft.loss import count_accepted
     from packager.draft.states import collate, samples
-    from packager.draft.train import count_accepted
 
     sample = next(s for s in samples(data.records(), data.states) if s.queries == 7)
     batch = collate([sample], aux=3, hidden=HIDDEN, steps=3)
