@@ -81,6 +81,7 @@ def _reproducible_torch() -> Iterator[None]:
     import os
 
     import torch
+
     filling: Any = torch.utils.deterministic  # torch's stubs do not know its one attribute
 
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
