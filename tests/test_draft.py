@@ -6,13 +6,7 @@ What needs a real target and engine is in test_draft_engine.py.
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -224,49 +218,6 @@ def test_training_learns_a_deterministic_language(data: DraftData, target: Path)
     assert after.predicted.length > 2.7
     assert list(after.predicted.per_position) == sorted(after.predicted.per_position, reverse=True)
     assert after.metrics["coverage"]["language"] == {"en": 1.0, "zh": 1.0}
-
-
-_TRAIN = """
-import sys
-from pathlib import Path
-from packager.draft.prepare import DraftData, target_digest
-from packager.draft.stage import train
-from packager.recipe import DraftSpec
-work, target = Path(sys.argv[1]), Path(sys.argv[2])
-spec = DraftSpec.model_validate_json((work / "spec.json").read_text())
-train(target, spec, DraftData(work, target_digest(target)), lambda line: print(line, flush=True))
-"""
-
-
-@pytest.mark.slow
-def test_training_killed_and_resumed_ends_with_the_same_bytes(
-    tmp_path: Path, data: DraftData, target: Path
-) -> None:
-    twin = tmp_path / "twin"
-    shutil.copytree(data.workdir, twin)
-    script = [sys.executable, "-c", _TRAIN]
-    subprocess.run([*script, str(twin), str(target)], check=True, capture_output=True)
-
-    kills = 0
-    rng = random.Random(time.monotonic_ns())  # any moment will do; the claim holds for all of them
-    for _ in range(3):
-        child = subprocess.Popen(
-            [*script, str(data.workdir), str(target)], stdout=subprocess.PIPE, text=True, env=os.environ
-        )
-        assert child.stdout is not None
-        for line in child.stdout:
-            if "step" in line and "/" in line:
-                time.sleep(rng.random() * 0.3)
-                break
-        child.send_signal(signal.SIGKILL)
-        child.stdout.close()
-        kills += child.wait() == -signal.SIGKILL
-    assert kills, "the training was over before it could be killed"
-    lines = subprocess.run(
-        [*script, str(data.workdir), str(target)], check=True, capture_output=True, text=True
-    ).stdout
-    assert "goes on from step" in lines
-    assert (data.workdir / TRAINING_STATE).read_bytes() == (twin / TRAINING_STATE).read_bytes()
 
 
 def test_predicted_acceptance_walks_as_serving_does(data: DraftData) -> None:
