@@ -148,24 +148,11 @@ def test_equal_logs_give_equal_pictures_that_show_them() -> None:
 
 
 def _torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # any free port
     return subprocess.run(
-        [
-            *command,
-            "--master-port",
-            "0",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-            "-m",
-            "packager",
-            "draft",
-            "train",
-            *arguments,
-        ],
-        env=environment,
+        [*launcher, *meeting, "-m", "packager", "draft", "train", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -193,8 +180,8 @@ def test_two_processes_train_as_one_and_go_on_from_its_checkpoint(
     rows, ours = read_log(two / LOG_NAME), read_log(one / LOG_NAME)
     assert [row["step"] for row in rows] == list(range(1, 31))
     for row, mine in zip(rows, ours, strict=True):
-        assert row["loss"] == pytest.approx(mine["loss"], rel=0.02), f"step {row['step']}"
-    assert rows[0]["loss"] == pytest.approx(ours[0]["loss"], rel=1e-3)
+        assert row["loss"] == pytest.approx(mine["loss"], rel=2e-3), f"step {row['step']}"
+    assert rows[0]["loss"] == pytest.approx(ours[0]["loss"], rel=1e-5)
     assert ours[-1]["loss"] < 0.7 * ours[0]["loss"], "too little was learned to tell a difference"
     mine, theirs = load_file(one / TRAINING_STATE), load_file(two / TRAINING_STATE)
     assert {name: value.shape for name, value in theirs.items()} == {n: v.shape for n, v in mine.items()}

@@ -46,6 +46,14 @@ class Ranks:
 
             fully_shard(module, mesh=self.mesh)
 
+    def reshard(self, module: nn.Module) -> None:
+        """Make the parameters of `module` shards again after a forward that no backward follows."""
+        if self.mesh is not None:
+            from torch.distributed.fsdp import FSDPModule
+
+            assert isinstance(module, FSDPModule)
+            module.reshard()
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over all processes, in place."""
         if self.mesh is not None:

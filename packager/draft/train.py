@@ -342,6 +342,7 @@ class Trainer:
             _, right = draft_loss(self._forward(batch, steps), batch, self.target, self.to_draft, kind="hard")
             counts, drafts = count_accepted(read, right)
             sums += torch.tensor([drafts, *counts])
+        self.ranks.reshard(self.head)
         drafts, *counts = self.ranks.sum(sums.to(self.device)).tolist()
         return counts, drafts
 
