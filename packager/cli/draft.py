@@ -185,7 +185,7 @@ def train_command(target: Path, workdir: Path, as_json: bool, **settings: Any) -
     data = _prepared(target, workdir)
     if leads():
         _save_spec(workdir, spec)
-    with training_bar(spec.steps) as (say, on_step):
+    with training_bar(spec.steps, live=leads()) as (say, on_step):
         trained = train(target, spec, data, say, on_step=on_step)
     if not leads():
         return

@@ -22,15 +22,15 @@ def progress(line: str) -> None:
 
 @contextmanager
 def training_bar(
-    steps: int,
+    steps: int, *, live: bool
 ) -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None] | None]]:
-    """What takes lines and steps of a training run: a live bar on a terminal, plain lines elsewhere."""
+    """What takes lines and steps of a training run: a bar on a terminal if `live`, plain lines elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not live or not console.is_terminal:
         yield progress, None
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
