@@ -87,8 +87,10 @@ class SelfAttention(nn.Module):
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[..., T, 2 * hidden] -> rotated keys and values, each [..., T, KV heads, head_dim]."""
-        shape = (*x.shape[:-1], self.kv_heads, self.head_dim)
-        return _rotate(self.k_proj(x).view(shape), cos, sin), self.v_proj(x).view(shape)
+        # One product: either alone is too narrow to be fast.
+        both = F.linear(x, torch.cat((self.k_proj.weight, self.v_proj.weight)))
+        keys, values = both.view(*x.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
+        return _rotate(keys, cos, sin), values
 
     def attend(
         self,
@@ -142,7 +144,8 @@ class Layer(nn.Module):
     def inputs(self, unit_embeds: Tensor, states: Tensor) -> Tensor:
         """[..., hidden] twice -> the attention's input [..., 2 * hidden]. The embeddings come normalised to
         unit mean square: they are frozen, so this is done once, not in every step."""
-        embeds = unit_embeds * self.input_layernorm.weight
+        # In the dtype that the products take: else all of it is widened here and narrowed again in each.
+        embeds = (unit_embeds * self.input_layernorm.weight).to(states.dtype)
         return torch.cat((embeds, self.hidden_norm(states)), dim=-1)
 
 
@@ -195,7 +198,8 @@ class Eagle3Head(nn.Module):
         device = batch.keys.device
         cos, sin = (table.to(device) for table in rotary_tables(self.config, length + steps))
         layer = self.midlayer
-        states = self.fc(batch.states.to(self.fc.weight.dtype))
+        narrow = torch.is_autocast_enabled(device.type)  # takes the states as they are
+        states = self.fc(batch.states if narrow else batch.states.to(self.fc.weight.dtype))
         x = layer.inputs(F.embedding(batch.keys, self.unit_embeddings), states)
         context = layer.self_attn.keys_values(x, cos[:length], sin[:length])
 

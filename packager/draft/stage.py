@@ -114,7 +114,8 @@ def train(
     """Train a head for `target` on prepared data, continuing an interrupted run of the same settings.
 
     Under `torchrun` the processes train together; the first alone writes, and calls `progress` and `on_step`.
-    What the others get back is good for its figures, not for `export`: their head is a shard.
+    What they get back is good for its figures, not for `export`, because each has a shard of the head; a
+    single process that trains again reads the whole of it from the checkpoint.
 
     Raises:
         BadInput: the data is missing, damaged or was taken from another target; the loss diverged.
