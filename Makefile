@@ -14,7 +14,7 @@ LOCK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements/cuda.txt || e
 BIN := .venv/bin
 WORKSPACE ?= demo
 
-.PHONY: help venv demo test check lint lock bench bench-quantize clean
+.PHONY: help venv demo test check lint lock bench bench-quantize bench-draft clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -95,6 +95,9 @@ bench: venv  ## quantization throughput on 3 GB against cp, as a ratio of one ru
 
 bench-quantize: venv  ## the same on 12 GB and against llm-compressor: 15 minutes, 35 GB of disk
 	@exec $(BIN)/python benchmarks/quantize.py --gigabytes 12 --llmcompressor
+
+bench-draft: venv  ## training of a draft against a loop over speculators' parts, as a ratio of one run: 4 minutes
+	@exec $(BIN)/python benchmarks/draft_training.py
 
 clean:  ## remove the demo workspace, caches and builds (keeps .venv)
 	@rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -165,6 +165,10 @@ class ContextSpec(Spec):
     method: Literal["yarn"] = "yarn"
 
 
+DraftLoss = Literal["soft", "hard", "kl", "reverse_kl", "js", "tv", "nla", "lk_hybrid"]
+"""Losses of the draft's training; `packager.draft.loss` says what each is."""
+
+
 class DraftSpec(Spec):
     """The EAGLE3 draft head and its training."""
 
@@ -186,7 +190,27 @@ class DraftSpec(Spec):
     learning_rate: float = Field(default=1e-3, gt=0)
     ttt_steps: int = Field(default=3, ge=1)
     """Steps of training-time test: how often the draft is fed its own states while training."""
+    loss: DraftLoss = "soft"
+    accumulate: int = Field(default=1, ge=1)
+    """Batches of `batch_tokens` whose gradients make one training step."""
+    sliding_window: int | None = Field(default=None, ge=16)
+    """Tokens that the draft attends to, its own included; None: all. vLLM reads it from the draft's config;
+    SGLang does not, and needs `--speculative-draft-window-size`."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between measurements of acceptance on the held-out responses; the best weights are kept. None:
+    the last weights are kept."""
+    patience: int | None = Field(default=None, ge=1)
+    """How many measurements in a row may be no better than the best before training stops; None: it never
+    stops early."""
+    checkpoint_every: int = Field(default=40, ge=1)
+    """Training steps that a kill can lose."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _patience_needs_measurements(self) -> DraftSpec:
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("patience needs evaluate_every: nothing is measured while training")
+        return self
 
 
 class ValidateSpec(Spec):

@@ -38,7 +38,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_export_is_sealed_and_complete(exported: Path) -> None:
     manifest = check(exported)
-    assert {entry.path for entry in manifest.files} == {"config.json", "model.safetensors", "training.json"}
+    assert {entry.path for entry in manifest.files} == {
+        "config.json",
+        "model.safetensors",
+        "training.json",
+        "training.jsonl",
+        "training.svg",
+    }
     tensors = load_file(exported / "model.safetensors")
     config = json.loads((exported / "config.json").read_text())
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == tensor_shapes(config)

@@ -6,14 +6,15 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from pydantic import ValidationError
 
 from packager.cli import options
-from packager.cli.output import progress
+from packager.cli.output import progress, training_bar
 from packager.errors import BadInput, UsageProblem
-from packager.recipe import DraftSpec, load_recipe
+from packager.recipe import DraftLoss, DraftSpec, load_recipe
 
 if TYPE_CHECKING:
     from packager.draft.prepare import DraftData
@@ -35,7 +36,16 @@ def _load_spec(workdir: Path) -> DraftSpec:
 
 
 def _save_spec(workdir: Path, spec: DraftSpec) -> None:
-    (workdir / _SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    part = workdir / f"{_SPEC_FILE}.partial"
+    part.write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    part.replace(workdir / _SPEC_FILE)  # at once: the other processes of a torchrun read it
+
+
+def _spec(settings: dict[str, Any]) -> DraftSpec:
+    try:
+        return DraftSpec(**settings)
+    except ValidationError as err:
+        raise UsageProblem("; ".join(str(error["msg"]) for error in err.errors())) from None
 
 
 def _prepared(target: Path, workdir: Path) -> DraftData:
@@ -151,17 +161,34 @@ def prepare_command(
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True))
 @click.option("--ttt-steps", type=click.IntRange(min=1), help="Steps of training-time test.")
 @click.option("--intermediate-size", type=click.IntRange(min=1))
+@click.option("--loss", type=click.Choice(get_args(DraftLoss)))
+@click.option("--accumulate", type=click.IntRange(min=1), help="Batches whose gradients make one step.")
+@click.option("--sliding-window", type=click.IntRange(min=16), help="Tokens the draft attends to.")
+@click.option(
+    "--evaluate-every", type=click.IntRange(min=1), help="Measure held-out acceptance; keep the best weights."
+)
+@click.option("--patience", type=click.IntRange(min=1), help="Stop after so many measurements without gain.")
+@click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps that a kill can lose.")
 @click.option("--seed", type=int)
 @options.as_json
 def train_command(target: Path, workdir: Path, as_json: bool, **settings: Any) -> None:
-    """Train a head on what `prepare` left in WORKDIR. Interrupted, the same command goes on where it was."""
+    """Train a head on what `prepare` left in WORKDIR. Interrupted, the same command goes on where it was.
+
+    On several devices: torchrun --nproc-per-node N -m packager draft train TARGET WORKDIR. The loss and
+    acceptance of every step go into WORKDIR/training.jsonl.
+    """
+    from packager.draft.ranks import leads
     from packager.draft.stage import train
 
     given = {key: value for key, value in settings.items() if value is not None}
-    spec = DraftSpec(**(_load_spec(workdir).model_dump() | given))
+    spec = _spec(_load_spec(workdir).model_dump() | given)
     data = _prepared(target, workdir)
-    _save_spec(workdir, spec)
-    trained = train(target, spec, data, progress)
+    if leads():
+        _save_spec(workdir, spec)
+    with training_bar(spec.steps, live=leads()) as (say, on_step):
+        trained = train(target, spec, data, say, on_step=on_step)
+    if not leads():
+        return
     predicted = trained.metrics["predicted_acceptance"]
     _finish(
         as_json,

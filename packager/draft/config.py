@@ -48,6 +48,10 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
     reads the top level first and takes id j as the input of layer j; SGLang's set_eagle3_layers_to_capture
     reads `eagle_config` alone and adds one).
 
+    A sliding window stands as `sliding_window` with `layer_types`: vLLM's llama.py takes the former only
+    where the latter says so. SGLang's llama_eagle3.py reads neither; it has
+    `--speculative-draft-window-size`.
+
     Raises:
         BadInput: the recipe's aux layers or draft vocabulary do not fit the target.
     """
@@ -59,6 +63,11 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
         rope_scaling = None
     else:
         rope_scaling = {"type": rope["rope_type"], "rope_type": rope["rope_type"], **scaling}
+    window = (
+        {"sliding_window": spec.sliding_window, "layer_types": ["sliding_attention"]}
+        if spec.sliding_window is not None
+        else {}
+    )
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -80,6 +89,7 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
         "rope_theta": rope["rope_theta"],
         "rope_scaling": rope_scaling,
         "rope_parameters": rope,
+        **window,
         **{key: target[key] for key in TOKEN_IDS if target.get(key) is not None},
         "eagle_aux_hidden_state_layer_ids": list(spec.aux_layers),
         "eagle_config": {
@@ -87,6 +97,12 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
             "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in spec.aux_layers],
         },
     }
+
+
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a draft with this config attends to, as vLLM reads it; None: all."""
+    window = config.get("sliding_window")
+    return int(window) if window and config.get("layer_types") == ["sliding_attention"] else None
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ of step 0 up to i and its own keys of steps 1 … k, just as in serving.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from packager.bailing.model import MLP, RMSNorm, rotary_tables
+from packager.draft.config import window_of
 
 
 @dataclass
@@ -44,7 +45,18 @@ class DraftBatch:
     """[N, S + 1] int64: x[i+1 : i+2+S]; step k reads column k, its label is column k + 1; -1 past the end. A
     query whose column 1 is -1 is filling."""
     last: Tensor
-    """[N, S, hidden]: the target's states, before its final norm, that predict columns 1 … S of `tokens`."""
+    """[N, hidden]: the target's states, before its final norm, that predict column 1 of `tokens`. Those that
+    predict column 1 + k are k rows on, in the same sample."""
+
+    def to(self, device: torch.device) -> DraftBatch:
+        """The same on another device; from pinned memory the copies do not wait for one another."""
+        return DraftBatch(
+            **{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        )
+
+    def pinned(self) -> DraftBatch:
+        """The same in page-locked memory."""
+        return DraftBatch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -75,8 +87,10 @@ class SelfAttention(nn.Module):
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """[..., T, 2 * hidden] -> rotated keys and values, each [..., T, KV heads, head_dim]."""
-        shape = (*x.shape[:-1], self.kv_heads, self.head_dim)
-        return _rotate(self.k_proj(x).view(shape), cos, sin), self.v_proj(x).view(shape)
+        # One product: either alone is too narrow to be fast.
+        both = F.linear(x, torch.cat((self.k_proj.weight, self.v_proj.weight)))
+        keys, values = both.view(*x.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
+        return _rotate(keys, cos, sin), values
 
     def attend(
         self,
@@ -86,11 +100,12 @@ class SelfAttention(nn.Module):
         batch: DraftBatch,
         context: tuple[Tensor, Tensor],
         own: list[tuple[Tensor, Tensor]],
-        mask: Tensor,
+        bias: Tensor,
     ) -> Tensor:
-        """Packed queries `x` [N, 2 * hidden] over `context` ([B, L, KV heads, dim] twice; `mask` [B, Q, L]
-        True where visible) and over each query's own keys of later steps ([N, KV heads, dim] twice each)."""
-        group, width = self.heads // self.kv_heads, mask.shape[1]
+        """Packed queries `x` [N, 2 * hidden] over `context` ([B, L, KV heads, dim] twice; `bias` [B, 1, 1, Q,
+        L] FP32, 0 where visible and -inf elsewhere) and over each query's own keys of later steps ([N, KV
+        heads, dim] twice each)."""
+        group, width = self.heads // self.kv_heads, bias.shape[-2]
         q = _rotate(self.q_proj(x).view(-1, self.heads, self.head_dim), cos, sin) * self.head_dim**-0.5
         q = q.view(-1, self.kv_heads, group, self.head_dim)
         keys, values = context
@@ -99,7 +114,7 @@ class SelfAttention(nn.Module):
         wide = _spread(q, batch, width).permute(0, 2, 3, 1, 4)
         scores = wide.reshape(samples, self.kv_heads, group * width, -1) @ keys.permute(0, 2, 3, 1)
         scores = scores.view(samples, self.kv_heads, group, width, length).float()
-        columns = [scores.masked_fill(~mask[:, None, None], float("-inf"))]
+        columns = [scores + bias]
         for key, _ in own:
             score = (q * key.unsqueeze(2)).sum(-1).float()  # [N, KV heads, group]
             columns.append(_spread(score, batch, width).permute(0, 2, 3, 1).unsqueeze(-1))
@@ -126,25 +141,31 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.mlp = MLP(hidden, config["intermediate_size"])
 
-    def inputs(self, embeds: Tensor, states: Tensor) -> Tensor:
-        """[B, T, hidden] twice -> the attention's input [B, T, 2 * hidden]."""
-        return torch.cat((self.input_layernorm(embeds), self.hidden_norm(states)), dim=-1)
+    def inputs(self, unit_embeds: Tensor, states: Tensor) -> Tensor:
+        """[..., hidden] twice -> the attention's input [..., 2 * hidden]. The embeddings come normalised to
+        unit mean square: they are frozen, so this is done once, not in every step."""
+        # In the dtype that the products take: else all of it is widened here and narrowed again in each.
+        embeds = (unit_embeds * self.input_layernorm.weight).to(states.dtype)
+        return torch.cat((embeds, self.hidden_norm(states)), dim=-1)
 
 
 class Eagle3Head(nn.Module):
     """The head. Parameter names are those of the exported file. `config` is the draft's config.json.
 
-    `embed_tokens` is the target's, frozen and not exported: engines share the target's own.
+    `unit_embeddings` is the target's embedding, frozen and not exported (engines share the target's own), and
+    already normalised to unit mean square for `input_layernorm`.
     """
 
-    embed_tokens: Tensor
+    unit_embeddings: Tensor
 
     def __init__(self, config: Mapping[str, Any], embeddings: Tensor) -> None:
         super().__init__()
         self.config = dict(config)
         hidden = config["hidden_size"]
         aux = len(config["eagle_aux_hidden_state_layer_ids"])
-        self.register_buffer("embed_tokens", embeddings, persistent=False)
+        unit = F.rms_norm(embeddings.float(), (hidden,), eps=config["rms_norm_eps"])
+        self.register_buffer("unit_embeddings", unit, persistent=False)
+        self.window = window_of(config)
         self.fc = nn.Linear(aux * hidden, hidden, bias=False)
         self.midlayer = Layer(config)
         self.norm = RMSNorm(hidden, config["rms_norm_eps"])
@@ -165,29 +186,41 @@ class Eagle3Head(nn.Module):
             self.lm_head.weight.copy_(head_rows)
             self.norm.weight.copy_(norm)
 
+    @staticmethod
+    def _bias(hidden: Tensor) -> Tensor:
+        """[B, Q, L] bool -> what is added to scores [B, KV heads, group, Q, L]."""
+        zeros = torch.zeros(hidden.shape, device=hidden.device)
+        return zeros.masked_fill_(hidden, float("-inf"))[:, None, None]
+
     def forward(self, batch: DraftBatch, steps: int) -> list[Tensor]:
         """Logits of each step over the draft vocabulary, `steps` tensors [N, draft vocab]."""
         length = batch.keys.shape[1]
-        cos, sin = rotary_tables(self.config, length + steps)
+        device = batch.keys.device
+        cos, sin = (table.to(device) for table in rotary_tables(self.config, length + steps))
         layer = self.midlayer
-        states = self.fc(batch.states.to(self.fc.weight.dtype))
-        x = layer.inputs(F.embedding(batch.keys, self.embed_tokens), states)
+        narrow = torch.is_autocast_enabled(device.type)  # takes the states as they are
+        states = self.fc(batch.states if narrow else batch.states.to(self.fc.weight.dtype))
+        x = layer.inputs(F.embedding(batch.keys, self.unit_embeddings), states)
         context = layer.self_attn.keys_values(x, cos[:length], sin[:length])
 
         # Queries start behind the prompt, so a slot's position differs from sample to sample.
         width = int(batch.slot.max()) + 1
-        visible = _spread(batch.place, batch, width)
-        mask = torch.arange(length) <= visible.unsqueeze(-1)
+        last = _spread(batch.place, batch, width).unsqueeze(-1)
+        places = torch.arange(length, device=device)
+        hidden = places > last
+        bias = self._bias(hidden)
         states, x = states[batch.row, batch.place], x[batch.row, batch.place]
         own: list[tuple[Tensor, Tensor]] = []
         logits = []
         for step in range(steps):
             turn = cos[batch.place + step], sin[batch.place + step]
+            if self.window is not None:  # it ends at the token that is read, which is `step` places on
+                bias = self._bias(hidden | (places <= last + step - self.window))
             if step:
                 tokens = batch.tokens[:, step].clamp(min=0)
-                x = layer.inputs(F.embedding(tokens, self.embed_tokens), states)
+                x = layer.inputs(F.embedding(tokens, self.unit_embeddings), states)
                 own.append(layer.self_attn.keys_values(x, *turn))
-            mixed = states + layer.self_attn.attend(x, *turn, batch, context, own, mask)
+            mixed = states + layer.self_attn.attend(x, *turn, batch, context, own, bias)
             states = mixed + layer.mlp(layer.post_attention_layernorm(mixed))
             logits.append(self.lm_head(self.norm(states)))
         return logits

@@ -3,6 +3,7 @@ steps."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 from packager.artifact import ArtifactWriter, Manifest
 from packager.checkpoint.source import Checkpoint
 from packager.draft.config import draft_config
+from packager.draft.curve import LOG_NAME, PLOT_NAME, read_log, training_svg
 from packager.draft.export import write_draft
 from packager.draft.prepare import DraftData, prepare, target_digest
+from packager.draft.ranks import joined, leads, processes_here
 from packager.draft.vocabulary import VocabularyMap, choose_vocabulary, count_tokens, coverage
 from packager.errors import BadInput
 from packager.recipe import DraftSpec
 
 if TYPE_CHECKING:
-    from packager.draft.train import Accepted, Target, Trainer
+    from packager.draft.loss import Accepted, Target
+    from packager.draft.train import Progress, Trainer
 
 STAGE = "draft"
 TRAINING_STATE = "training_state.safetensors"
@@ -47,7 +51,7 @@ def response_vocabulary(data: DraftData, spec: DraftSpec, target_size: int) -> V
 def _target_weights(target: Path, vocabulary: VocabularyMap, eps: float) -> Target:
     import torch
 
-    from packager.draft.train import Target
+    from packager.draft.loss import Target
 
     checkpoint = Checkpoint.open(target)
 
@@ -78,18 +82,40 @@ def _reproducible_torch() -> Iterator[None]:
 
     import torch
 
+    filling: Any = torch.utils.deterministic  # torch's stubs do not know its one attribute
+
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    filled = filling.fill_uninitialized_memory
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here()))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
     torch.use_deterministic_algorithms(True)
+    # Every result is written whole, so filling new memory with NaN first is a tenth of a step for nothing.
+    filling.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
+        filling.fill_uninitialized_memory = filled
 
 
-def train(target: Path, spec: DraftSpec, data: DraftData, progress: Callable[[str], None]) -> TrainedDraft:
+def _silent(_: str) -> None:
+    """Progress of a process that does not speak."""
+
+
+def train(
+    target: Path,
+    spec: DraftSpec,
+    data: DraftData,
+    progress: Callable[[str], None],
+    *,
+    on_step: Callable[[Progress], None] | None = None,
+) -> TrainedDraft:
     """Train a head for `target` on prepared data, continuing an interrupted run of the same settings.
+
+    Under `torchrun` the processes train together; the first alone writes, and calls `progress` and `on_step`.
+    What they get back is good for its figures, not for `export`, because each has a shard of the head; a
+    single process that trains again reads the whole of it from the checkpoint.
 
     Raises:
         BadInput: the data is missing, damaged or was taken from another target; the loss diverged.
@@ -97,6 +123,8 @@ def train(target: Path, spec: DraftSpec, data: DraftData, progress: Callable[[st
     from packager.draft.states import held_out, samples
     from packager.draft.train import Trainer
 
+    if not leads():
+        progress, on_step = _silent, None
     if data.target != target_digest(target):
         raise BadInput(
             "the target is not the one the hidden states were taken from",
@@ -108,17 +136,27 @@ def train(target: Path, spec: DraftSpec, data: DraftData, progress: Callable[[st
     covered = {key: coverage(records, vocabulary, key) for key in ("language", "task")}
     for name, share in covered["language"].items():
         progress(f"draft: {spec.vocab_size} tokens cover {share:.1%} of the responses in {name}")
-    with _reproducible_torch():
+    if spec.sliding_window is not None:
+        progress(
+            f"draft: a window of {spec.sliding_window} tokens; vLLM takes it from the draft's config, SGLang "
+            "from --speculative-draft-window-size alone"
+        )
+    with _reproducible_torch(), joined() as ranks:
         weights = _target_weights(target, vocabulary, config.get("rms_norm_eps", 1e-6))
         trainer = Trainer(
-            draft_config(config, spec), weights, vocabulary, spec, data.workdir / TRAINING_STATE
+            draft_config(config, spec),
+            weights,
+            vocabulary,
+            spec,
+            data.workdir / TRAINING_STATE,
+            ranks=ranks,
         )
         sides: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for record in records:
             sides[held_out(record["id"])].append(record)
         training, held = samples(sides[False], data.states), samples(sides[True], data.states)
         progress(f"draft: training on {len(training)} responses, {len(held)} held out")
-        predicted = trainer.run(training, held, progress)
+        predicted = trainer.run(training, held, progress, on_step)
     if predicted.drafts:
         rates = " ".join(f"{rate:.3f}" for rate in predicted.per_position)
         progress(f"draft: predicted acceptance length {predicted.length:.2f} on held-out prompts ({rates})")
@@ -136,6 +174,8 @@ def train(target: Path, spec: DraftSpec, data: DraftData, progress: Callable[[st
             "kind": "along the greedy responses to held-out prompts, not served",
         },
     }
+    if trainer.best:
+        metrics |= {"best_step": trainer.best.step, "last_step": trainer.done}
     return TrainedDraft(trainer, vocabulary, predicted, metrics)
 
 
@@ -147,10 +187,13 @@ def export(
     Raises:
         BadInput: `out` is taken, or the export does not pass the validator.
     """
-    tools = {name: metadata.version(name) for name in ("torch", "safetensors")}
+    tools = {name: metadata.version(name) for name in ("torch", "safetensors", "matplotlib")}
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=dict(inputs)) as writer:
         write_draft(writer, trained.trainer.head, trained.vocabulary, Checkpoint.open(target).config())
         writer.write_json("training.json", trained.trainer.settings())
+        rows = read_log(trained.trainer.log)
+        writer.write_bytes(LOG_NAME, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        writer.write_bytes(PLOT_NAME, training_svg(rows))
         return writer.seal(trained.metrics, tools)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from packager.draft.head import DraftBatch
+from packager.draft.ranks import processes_here
 from packager.errors import BadInput
 
 HELD_OUT_SHARE = 0.06
@@ -75,43 +78,78 @@ def load_states(sample: Sample, aux: int, hidden: int) -> tuple[Tensor, Tensor]:
     return states[:, :aux].flatten(1), states[:, aux]
 
 
-def collate(group: Sequence[Sample], *, aux: int, hidden: int, steps: int) -> DraftBatch:
-    """Read a group of samples.
+class StateCache:
+    """`load_states` with a memory: a run reads every sample many times.
+
+    States are kept as they are read, until `budget` bytes are full; what does not fit is read anew each time.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        """`budget` None: half of the memory that is free now, shared with the run's other processes here."""
+        if budget is None:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            budget = free // 2 // processes_here()
+        self._free = budget
+        self._kept: dict[Path, tuple[Tensor, Tensor]] = {}
+
+    def load(self, sample: Sample, aux: int, hidden: int) -> tuple[Tensor, Tensor]:
+        """As `load_states`; the response's part alone of the last states, `[queries, hidden]`."""
+        found = self._kept.get(sample.path)
+        if found is None:
+            states, last = load_states(sample, aux, hidden)
+            found = states[:-1], last[sample.prompt :].clone()  # a view would hold all layers
+            size = sum(tensor.untyped_storage().nbytes() for tensor in found)
+            if size <= self._free:
+                self._kept[sample.path] = found
+                self._free -= size
+        return found
+
+
+def collate(
+    group: Sequence[Sample], *, aux: int, hidden: int, steps: int, cache: StateCache | None = None
+) -> DraftBatch:
+    """Read a group of samples, through `cache` if given.
 
     Keys are rounded up to 16 and queries to 64 (with queries of no sample, in slots of their own): a matrix
     product of a shape not seen before is several times slower on a CPU.
     """
+    load = (cache or StateCache(0)).load
     length = _round_up(max(len(s.ids) for s in group) - 2)
-    total = sum(s.queries for s in group)
+    counts = [s.queries for s in group]
+    total = sum(counts)
     rows = _round_up(total, 64)
-    spare = torch.arange(rows - total)
-    first_free = max(s.queries for s in group)
-    batch = DraftBatch(
-        keys=torch.zeros(len(group), length, dtype=torch.long),
-        states=torch.zeros(len(group), length, aux * hidden, dtype=torch.bfloat16),
-        row=torch.cat((torch.empty(total, dtype=torch.long), spare % len(group))),
-        place=torch.zeros(rows, dtype=torch.long),
-        slot=torch.cat((torch.empty(total, dtype=torch.long), first_free + spare // len(group))),
-        tokens=torch.full((rows, steps + 1), -1, dtype=torch.long),
-        last=torch.zeros(rows, steps, hidden, dtype=torch.bfloat16),
-    )
+    keys = np.zeros((len(group), length), dtype=np.int64)
+    tokens = np.full((rows, steps + 1), -1, dtype=np.int64)
+    place = np.zeros(rows, dtype=np.int64)
+    slot = np.empty(rows, dtype=np.int64)
+    row = np.empty(rows, dtype=np.int64)
+    states = torch.zeros(len(group), length, aux * hidden, dtype=torch.bfloat16)
+    last = torch.zeros(rows, hidden, dtype=torch.bfloat16)
     begin = 0
-    for row, sample in enumerate(group):
-        fused, last = load_states(sample, aux, hidden)
-        count, queries = len(sample.ids) - 2, sample.queries
+    for index, sample in enumerate(group):
+        queries = sample.queries
         here = slice(begin, begin + queries)
-        batch.keys[row, :count] = torch.tensor(sample.ids[1:-1])
-        batch.states[row, :count] = fused[:count]
-        batch.row[here] = row
-        batch.slot[here] = torch.arange(queries)
-        batch.place[here] = batch.slot[here] + sample.prompt - 1
-        response, predicting = torch.tensor(sample.ids[sample.prompt :]), last[sample.prompt :]
+        ids = np.asarray(sample.ids)
+        states[index, : len(ids) - 2], last[here] = load(sample, aux, hidden)
+        keys[index, : len(ids) - 2] = ids[1:-1]
+        row[here] = index
+        slot[here] = np.arange(queries)
+        place[here] = slot[here] + sample.prompt - 1
         for step in range(steps + 1):
-            batch.tokens[here][: len(response) - step, step] = response[step : step + queries]
-            if step < steps:
-                batch.last[here][: queries - step, step] = predicting[step:]
+            reached = min(queries, queries + 1 - step)
+            tokens[begin : begin + max(0, reached), step] = ids[sample.prompt + step :][:queries]
         begin += queries
-    return batch
+    spare = np.arange(rows - total)
+    row[total:], slot[total:] = spare % len(group), max(counts) + spare // len(group)
+    return DraftBatch(
+        keys=torch.from_numpy(keys),
+        states=states,
+        row=torch.from_numpy(row),
+        place=torch.from_numpy(place),
+        slot=torch.from_numpy(slot),
+        tokens=torch.from_numpy(tokens),
+        last=last,
+    )
 
 
 def _round_up(value: int, to: int = 16) -> int:

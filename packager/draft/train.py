@@ -2,7 +2,9 @@
 
 Every step's batch follows from (seed, step) alone and the checkpoint holds parameters and both optimizer
 moments, so a run that was killed and started again ends with the same bytes as one that was not (same
-machine, same threads).
+machine, same threads, same number of processes). With several processes each batch is split over them and
+every loss is divided by the labels of the whole batch, so that their sum is the loss of one process up to
+rounding; the checkpoint is unsharded, so another number of processes may go on.
 """
 
 from __future__ import annotations
@@ -13,26 +15,34 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from packager.draft.curve import LOG_NAME, TrainingLog
 from packager.draft.head import DraftBatch, Eagle3Head
-from packager.draft.states import Sample, collate, once, schedule
+from packager.draft.loss import (
+    STEP_DECAY,
+    Accepted,
+    Target,
+    accepted_of,
+    count_accepted,
+    draft_labels,
+    draft_loss,
+)
+from packager.draft.ranks import Ranks, alone, like, whole
+from packager.draft.states import Sample, StateCache, collate, once, schedule
 from packager.draft.vocabulary import VocabularyMap
 from packager.errors import BadInput
 from packager.recipe import DraftSpec
 
-CHECKPOINT_EVERY = 40
-"""Steps between checkpoints: what a kill can lose."""
 WARMUP_SHARE = 0.05
 FLOOR = 0.02
 """Learning rate at the end, as a share of its peak."""
@@ -40,36 +50,47 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
 """Largest norm of the gradient."""
-STEP_DECAY = 0.8
-"""Weight of each further training-time-test step, as in EAGLE3."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """What the head takes from the target: frozen embedding, head rows of the draft vocabulary, final
-    norm."""
+class Step:
+    """One training step, or its part in one process."""
 
-    embeddings: Tensor
-    """[vocab, hidden] FP32."""
-    head_rows: Tensor
-    """[draft vocab, hidden] FP32."""
-    norm: Tensor
-    """[hidden] FP32."""
-    eps: float
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """Teacher-forced acceptance: at each draft position the share of drafts accepted up to and including
-    it."""
-
-    per_position: tuple[float, ...]
+    loss: float
+    counts: tuple[int, ...]
+    """Drafts accepted up to each position, teacher-forced, on the step's own batch."""
     drafts: int
 
     @property
-    def length(self) -> float:
-        """Tokens per verification: the accepted ones and the target's own."""
-        return 1.0 + sum(self.per_position)
+    def accepted(self) -> Accepted:
+        """The counts as rates."""
+        return accepted_of(self.counts, self.drafts)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is; for a live display."""
+
+    done: int
+    steps: int
+    loss: float
+    accepted: Accepted
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best measurement on held-out responses so far."""
+
+    step: int
+    counts: tuple[int, ...]
+    drafts: int
+    stale: int = 0
+    """Measurements since then, none of them better."""
+
+    @property
+    def accepted(self) -> Accepted:
+        """The counts as rates."""
+        return accepted_of(self.counts, self.drafts)
 
 
 def fast_bf16() -> bool:
@@ -81,58 +102,9 @@ def fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def draft_loss(
-    logits: Sequence[Tensor], batch: DraftBatch, target: Target, to_draft: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Loss, and for each step which queries predict their token, bool [N].
-
-    The loss of a query is the cross-entropy against the target's distribution over the draft vocabulary (its
-    forward KL up to a constant), where the target's own token is in that vocabulary; elsewhere nothing the
-    head does is accepted. `to_draft` [vocab] int64 maps target tokens to draft ids, -1 outside.
-    """
-    with torch.no_grad():
-        last = batch.last.float()
-        normed = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + target.eps) * target.norm
-        goal = F.linear(normed, target.head_rows).softmax(-1)
-        labels = to_draft[batch.tokens.clamp(min=0)].masked_fill(batch.tokens < 0, -1)
-    total = logits[0].new_zeros((), dtype=torch.float32)
-    norm = 0.0
-    right = []
-    for step, rows in enumerate(logits):
-        label = labels[:, step + 1]
-        known = label >= 0
-        wide = rows.float()
-        loss = -(goal[:, step] * wide.log_softmax(-1)).sum(-1)
-        weight = STEP_DECAY**step
-        total = total + weight * (loss * known).sum() / known.sum().clamp(min=1)
-        norm += weight
-        right.append((wide.argmax(-1) == label) & known)
-    return total / norm, right
-
-
-def count_accepted(batch: DraftBatch, right: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Drafts accepted up to each position, and the number of drafts, as serving would draft.
-
-    Greedy decoding visits few of the positions: the draft after a verification starts behind the tokens it
-    yielded. What the target would say past the end of its response is not known and counts as rejected.
-    """
-    accepted = torch.stack(list(right)).long().cumprod(0).sum(0).tolist()
-    counts, drafts, free = [0] * len(right), 0, 0
-    real = (batch.tokens[:, 1] >= 0).tolist()
-    for slot, hits in itertools.compress(zip(batch.slot.tolist(), accepted, strict=True), real):
-        if slot == 0:
-            free = 0
-        if slot == free:
-            drafts += 1
-            free += hits + 1
-            for position in range(hits):
-                counts[position] += 1
-    return counts, drafts
-
-
 class Trainer:
-    """One training run whose state is kept in the file `checkpoint`; `run` continues it if it was
-    interrupted."""
+    """One training run whose state is kept in the file `checkpoint` and whose course is logged beside it;
+    `run` continues it if it was interrupted."""
 
     def __init__(
         self,
@@ -143,18 +115,31 @@ class Trainer:
         checkpoint: Path,
         *,
         bf16: bool | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.spec, self.checkpoint, self.target = spec, checkpoint, target
-        self.bf16 = fast_bf16() if bf16 is None else bf16
+        """`bf16` None: where it is fast. `ranks` None: a single process."""
+        self.ranks = ranks or alone()
+        self.device = self.ranks.device
+        self.spec, self.checkpoint, self.target = spec, checkpoint, target.to(self.device)
+        self.bf16 = (self.device.type == "cuda" or fast_bf16()) if bf16 is None else bf16
         self.hidden = config["hidden_size"]
         self.aux = len(config["eagle_aux_hidden_state_layer_ids"])
-        self.to_draft = torch.full((vocabulary.target_size,), -1, dtype=torch.long)
-        self.to_draft[list(vocabulary.target_ids)] = torch.arange(len(vocabulary.target_ids))
+        to_draft = torch.full((vocabulary.target_size,), -1, dtype=torch.long)
+        to_draft[list(vocabulary.target_ids)] = torch.arange(len(vocabulary.target_ids))
+        self.to_draft = to_draft.to(self.device)
         self.head = Eagle3Head(config, target.embeddings)
         self.head.initialise(spec.seed, target.head_rows, target.norm)
+        self.head.to(self.device)
+        self.ranks.shard(self.head)
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(), lr=spec.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
+        self.best: Best | None = None
+        self.done = 0
+        """Steps that the present run has behind it."""
+        self.log = checkpoint.with_name(LOG_NAME)
+        self._best_weights: dict[str, Tensor] = {}
+        self._cache = StateCache()
         self._ids = vocabulary.target_ids
         self._key = ""
 
@@ -164,20 +149,32 @@ class Trainer:
             "recipe": self.spec.model_dump(mode="json"),
             "optimizer": {"name": "AdamW", "betas": list(BETAS), "weight_decay": WEIGHT_DECAY, "clip": CLIP},
             "schedule": {"name": "cosine", "warmup_share": WARMUP_SHARE, "floor": FLOOR},
-            "loss": {"name": "cross-entropy to the target's distribution", "step_decay": STEP_DECAY},
+            "loss": {"name": self.spec.loss, "step_decay": STEP_DECAY},
             "bf16_matmul": self.bf16,
         }
 
     def run(
-        self, training: Sequence[Sample], held: Sequence[Sample], progress: Callable[[str], None]
+        self,
+        training: Sequence[Sample],
+        held: Sequence[Sample],
+        progress: Callable[[str], None],
+        on_step: Callable[[Progress], None] | None = None,
     ) -> Accepted:
-        """Train to `spec.steps`; predicted acceptance on `held` at the end.
+        """Train to `spec.steps` or an early stop; predicted acceptance on `held` at the end.
+
+        With `spec.evaluate_every` the head holds the best weights afterwards, else the last.
+
+        Args:
+            progress: gets a line at each checkpoint.
+            on_step: is called after each step.
 
         Raises:
-            BadInput: nothing to train on, unreadable states, or a loss that is no longer finite.
+            BadInput: nothing to train or evaluate on, unreadable states, or a loss that is not finite.
         """
         if not training:
             raise BadInput("no sample has a response of two tokens or more", "Prepare more prompts.")
+        if self.spec.evaluate_every and not held:
+            raise BadInput("no held-out responses to evaluate on", "Prepare more prompts.")
         identity = {
             "settings": self.settings(),
             "config": self.head.config,
@@ -185,84 +182,186 @@ class Trainer:
             "data": [(sample.path.name, sample.ids) for sample in training],
         }
         self._key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        start = self._resume()
-        if start:
-            progress(f"draft: training goes on from step {start}")
-        began = time.monotonic()
-        batches = itertools.islice(
-            schedule(training, self.spec.batch_tokens, self.spec.seed), start, self.spec.steps
-        )
-        with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is trained on
-            ahead = reader.submit(self._next, batches)
-            for step in range(start, self.spec.steps):
-                batch = ahead.result()
-                assert batch is not None
-                ahead = reader.submit(self._next, batches)
-                loss, accepted = self._step(step, batch)
-                done = step + 1
-                if done % CHECKPOINT_EVERY == 0 or done == self.spec.steps:
-                    if not math.isfinite(loss):
-                        raise BadInput(
-                            f"the loss is {loss} at step {done}", "Lower draft.learning_rate and train again."
-                        )
-                    self._save(done)
-                    rates = " ".join(f"{rate:.3f}" for rate in accepted.per_position)
-                    pace = (time.monotonic() - began) / (done - start)
-                    progress(
-                        f"draft: step {done}/{self.spec.steps} loss {loss:.3f} accepted {rates} "
-                        f"length {accepted.length:.2f} ({pace * (self.spec.steps - done):.0f} s left)"
-                    )
+        self.done = self._resume()
+        self.ranks.agree(self.done, "the step that training goes on from")
+        if self.done:
+            progress(f"draft: training goes on from step {self.done}")
+        log = TrainingLog(self.log) if self.ranks.rank == 0 else None
+        try:
+            if log:
+                log.open_after(self.done)
+            self._train(training, held, log, progress, on_step)
+        finally:
+            if log:
+                log.close()
+        if self._best_weights:
+            with torch.no_grad():
+                for name, parameter in self.head.named_parameters():
+                    parameter.copy_(self._best_weights[name])
         return self.evaluate(held)
 
-    def _next(self, batches: Any) -> DraftBatch | None:
-        group = next(batches, None)
-        if group is None:
-            return None
-        return collate(group, aux=self.aux, hidden=self.hidden, steps=self.spec.ttt_steps)
+    def _train(
+        self,
+        training: Sequence[Sample],
+        held: Sequence[Sample],
+        log: TrainingLog | None,
+        progress: Callable[[str], None],
+        on_step: Callable[[Progress], None] | None,
+    ) -> None:
+        spec, start = self.spec, self.done
+        began = time.monotonic()
+        groups = itertools.islice(
+            schedule(training, spec.batch_tokens, spec.seed),
+            start * spec.accumulate,
+            spec.steps * spec.accumulate,
+        )
+        with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is trained on
+            ahead = reader.submit(self._next, groups)
+            while self.done < spec.steps and not self._stalled():
+                batches = ahead.result()
+                ahead = reader.submit(self._next, groups)
+                found = self.step(batches)
+                row = {
+                    "step": self.done,
+                    "loss": found.loss,
+                    "length": found.accepted.length,
+                    "accepted": found.accepted.per_position,
+                    "learning_rate": self.optimizer.param_groups[0]["lr"],
+                }
+                if spec.evaluate_every and (self.done % spec.evaluate_every == 0 or self.done == spec.steps):
+                    now = self._measure(held)
+                    row["held_out"] = {"length": now.length, "accepted": now.per_position}
+                if log:
+                    log.write(row)
+                if on_step:
+                    on_step(Progress(self.done, spec.steps, found.loss, found.accepted))
+                if self.done % spec.checkpoint_every == 0 or self.done == spec.steps or self._stalled():
+                    if not math.isfinite(found.loss):
+                        raise BadInput(
+                            f"the loss is {found.loss} at step {self.done}",
+                            "Lower draft.learning_rate and train again.",
+                        )
+                    if log:
+                        log.flush()
+                    self._save()
+                    rates = " ".join(f"{rate:.3f}" for rate in found.accepted.per_position)
+                    pace = (time.monotonic() - began) / (self.done - start)
+                    progress(
+                        f"draft: step {self.done}/{spec.steps} loss {found.loss:.3f} accepted {rates} "
+                        f"length {found.accepted.length:.2f} ({pace * (spec.steps - self.done):.0f} s left)"
+                    )
+        if self.best and self._stalled() and self.done < spec.steps:
+            progress(
+                f"draft: stopped at step {self.done}: the held-out acceptance length of step "
+                f"{self.best.step}, {self.best.accepted.length:.2f}, was not passed since"
+            )
+
+    def _stalled(self) -> bool:
+        """Whether held-out acceptance has not grown for as many measurements as `patience` allows."""
+        return (
+            self.spec.patience is not None and self.best is not None and self.best.stale >= self.spec.patience
+        )
+
+    def _measure(self, held: Sequence[Sample]) -> Accepted:
+        counts, drafts = self._counts(held, self.spec.num_speculative_tokens)
+        now = Best(self.done, tuple(counts), drafts)
+        if self.best is None or now.accepted.length > self.best.accepted.length:
+            self.best = now
+            self._best_weights = {
+                name: parameter.detach().clone() for name, parameter in self.head.named_parameters()
+            }
+        else:
+            was = self.best
+            self.best = Best(was.step, was.counts, was.drafts, was.stale + 1)
+        return now.accepted
+
+    def _next(self, groups: Iterator[list[Sample]]) -> list[DraftBatch]:
+        """The next step's batches, this process's part of each; empty at the end."""
+        return [
+            self._read(group, self.spec.ttt_steps) for group in itertools.islice(groups, self.spec.accumulate)
+        ]
+
+    def _read(self, group: Sequence[Sample], steps: int) -> DraftBatch:
+        mine = group[self.ranks.rank :: self.ranks.size]
+        batch = collate(mine or group[:1], aux=self.aux, hidden=self.hidden, steps=steps, cache=self._cache)
+        if not mine:  # collectives need every process: one without a sample computes another's, unlabelled
+            batch.tokens.fill_(-1)
+        return batch.pinned() if self.device.type == "cuda" else batch
 
     def _forward(self, batch: DraftBatch, steps: int) -> list[Tensor]:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return self.head(batch, steps)  # type: ignore[no-any-return]
 
-    def _step(self, step: int, batch: DraftBatch) -> tuple[float, Accepted]:
+    def step(self, batches: Sequence[DraftBatch]) -> Step:
+        """One optimizer step on the gradients of `batches`, this process's parts of them."""
         warmup = max(1, int(self.spec.steps * WARMUP_SHARE))
-        turn = (step - warmup) / max(1, self.spec.steps - warmup)
+        turn = (self.done - warmup) / max(1, self.spec.steps - warmup)
         scale = (
-            (step + 1) / warmup
-            if step < warmup
+            (self.done + 1) / warmup
+            if self.done < warmup
             else FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * turn))
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.spec.learning_rate * scale
-        loss, right = draft_loss(self._forward(batch, self.spec.ttt_steps), batch, self.target, self.to_draft)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        here = [batch.to(self.device) for batch in batches]
+        known = torch.stack([(draft_labels(batch, self.to_draft) >= 0).sum(0) for batch in here]).sum(0)
+        labels = self.ranks.sum(known)
+        steps = self.spec.ttt_steps
+        sums = torch.zeros(steps + 2, dtype=torch.float64)
+        for batch, read in zip(here, batches, strict=True):
+            loss, right = draft_loss(
+                self._forward(batch, steps),
+                batch,
+                self.target,
+                self.to_draft,
+                kind=self.spec.loss,
+                counts=labels,
+            )
+            # Sharded gradients are averaged over the processes; the parts' losses are to be summed.
+            (loss * self.ranks.size if self.ranks.size > 1 else loss).backward()  # type: ignore[no-untyped-call]
+            counts, drafts = count_accepted(read, right)
+            sums += torch.tensor([float(loss.detach()), drafts, *counts], dtype=torch.float64)
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), CLIP)
         self.optimizer.step()
-        counts, drafts = count_accepted(batch, right)
-        return float(loss.detach()), Accepted(tuple(c / max(1, drafts) for c in counts), drafts)
+        self.done += 1
+        total, drafts, *counts = self.ranks.sum(sums.to(self.device)).tolist()
+        return Step(total, tuple(round(count) for count in counts), round(drafts))
 
     @torch.no_grad()
     def evaluate(self, held: Sequence[Sample], positions: int | None = None) -> Accepted:
         """Acceptance of the present weights on `held`, predicted without serving."""
-        steps = positions or self.spec.num_speculative_tokens
-        counts, drafts = [0] * steps, 0
-        for group in once(held, self.spec.batch_tokens):
-            batch = collate(group, aux=self.aux, hidden=self.hidden, steps=steps)
-            _, right = draft_loss(self._forward(batch, steps), batch, self.target, self.to_draft)
-            here, count = count_accepted(batch, right)
-            counts, drafts = [a + b for a, b in zip(counts, here, strict=True)], drafts + count
-        return Accepted(tuple(count / max(1, drafts) for count in counts), drafts)
+        return accepted_of(*self._counts(held, positions or self.spec.num_speculative_tokens))
 
-    def _save(self, done: int) -> None:
+    @torch.no_grad()
+    def _counts(self, held: Sequence[Sample], steps: int) -> tuple[list[int], int]:
+        sums = torch.zeros(steps + 1, dtype=torch.long)
+        for group in once(held, self.spec.batch_tokens):
+            read = self._read(group, steps)
+            batch = read.to(self.device)
+            _, right = draft_loss(self._forward(batch, steps), batch, self.target, self.to_draft, kind="hard")
+            counts, drafts = count_accepted(read, right)
+            sums += torch.tensor([drafts, *counts])
+        self.ranks.reshard(self.head)
+        drafts, *counts = self.ranks.sum(sums.to(self.device)).tolist()
+        return counts, drafts
+
+    def _save(self) -> None:
+        """Write the checkpoint; the parameters are gathered by all processes and written by the first."""
         tensors = {}
         for name, parameter in self.head.named_parameters():
             state = self.optimizer.state[parameter]
-            tensors[f"model.{name}"] = parameter.detach()
-            tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"] = state["exp_avg"], state["exp_avg_sq"]
+            tensors[f"model.{name}"] = whole(parameter)
+            tensors[f"exp_avg.{name}"] = whole(state["exp_avg"])
+            tensors[f"exp_avg_sq.{name}"] = whole(state["exp_avg_sq"])
+            if self._best_weights:
+                tensors[f"best.{name}"] = whole(self._best_weights[name])
+        if self.ranks.rank:
+            return
         part = self.checkpoint.with_suffix(".partial")
+        run = {"key": self._key, "done": self.done, "best": vars(self.best) if self.best else None}
         # One key: the library writes several in an order that changes from process to process.
-        save_file(tensors, part, {"run": f"{self._key} {done}"})
+        save_file(tensors, part, {"run": json.dumps(run)})
         os.replace(part, self.checkpoint)  # noqa: PTH105
 
     def _resume(self) -> int:
@@ -271,17 +370,26 @@ class Trainer:
             return 0
         try:
             with safe_open(self.checkpoint, framework="pt") as handle:
-                key, _, done = (handle.metadata() or {}).get("run", "").partition(" ")
-                if key != self._key:
+                try:
+                    run = json.loads((handle.metadata() or {}).get("run", ""))
+                except ValueError:
                     return 0
+                if run["key"] != self._key:
+                    return 0
+                best = run["best"]
+                self.best = Best(**best | {"counts": tuple(best["counts"])}) if best else None
                 with torch.no_grad():
                     for name, parameter in self.head.named_parameters():
-                        parameter.copy_(handle.get_tensor(f"model.{name}"))
+                        parameter.copy_(like(handle.get_tensor(f"model.{name}"), parameter))
                         self.optimizer.state[parameter] = {
-                            "step": torch.tensor(float(done)),
-                            "exp_avg": handle.get_tensor(f"exp_avg.{name}").clone(),
-                            "exp_avg_sq": handle.get_tensor(f"exp_avg_sq.{name}").clone(),
+                            "step": torch.tensor(float(run["done"]), device=self.device),
+                            **{
+                                moment: like(handle.get_tensor(f"{moment}.{name}"), parameter)
+                                for moment in ("exp_avg", "exp_avg_sq")
+                            },
                         }
+                        if self.best:
+                            self._best_weights[name] = like(handle.get_tensor(f"best.{name}"), parameter)
         except SafetensorError:
             return 0
-        return int(done)
+        return int(run["done"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from packager.checkpoint.header import TensorInfo
 from packager.checkpoint.source import Checkpoint, read_json_object
-from packager.draft.config import ARCHITECTURE, TOKEN_IDS, rope_of, tensor_shapes
+from packager.draft.config import ARCHITECTURE, TOKEN_IDS, rope_of, tensor_shapes, window_of
 from packager.errors import BadInput
 from packager.layouts import FLOATS
 
@@ -83,6 +83,13 @@ def _config_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> li
         problems += _token_problems(key, config.get(key), target)
     problems += _rope_problems(config, target)
     problems += _aux_problems(config, target)
+    if window_of(config) is None and (
+        config.get("sliding_window") or "sliding_attention" in (config.get("layer_types") or [])
+    ):
+        problems.append(
+            f"sliding_window {config.get('sliding_window')} with layer_types {config.get('layer_types')}: "
+            "vLLM has the window only with both of them, and would attend to everything"
+        )
     nested = config.get("eagle_config") or {}
     for key in _VLLM_ONLY:
         if config.get(key) or nested.get(key):
