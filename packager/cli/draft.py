@@ -69,8 +69,8 @@ def command() -> None:
     "--prompts",
     "source",
     type=_FILE,
-    help="Chats, JSONL or a JSON array (messages, ShareGPT's conversations, or prompt); without it the nano's "
-    "own language.",
+    help="Chats, JSONL or a JSON array (messages, ShareGPT's conversations, or prompt); without it the "
+    "nano's own language.",
 )
 @click.option("--count", type=click.IntRange(min=1), help="How many prompts get a response.")
 @click.option("--vocab-size", type=click.IntRange(min=1), help="Draft vocabulary.")

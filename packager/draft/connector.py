@@ -6,12 +6,14 @@ slot a token. When a request finishes, this connector reads its slots and writes
 own `ExampleHiddenStatesConnector` does the same with pinned memory and CUDA events, which a CPU build lacks.
 
 Named in `KVTransferConfig` as `kv_connector="HiddenStatesConnector"`,
-`kv_connector_module_path="packager.draft.connector"`, with `kv_connector_extra_config` of `directory` and `dtype`
-(`bfloat16` or `float8`). A request names its file in
+`kv_connector_module_path="packager.draft.connector"`, with `kv_connector_extra_config` of `directory` and
+`dtype` (`bfloat16` or `float8`). A request names its file in
 `SamplingParams.extra_args["kv_transfer_params"]["states_file"]`; one that does not is not captured.
 
 A file holds what packager/draft/states_file.py describes, for prompt and output without the last output
-token, which never was an input. It appears under its name only when complete. Interface: vllm/distributed/kv_transfer/kv_connector/v1/base.py (vLLM 0.32).
+token, which never was an input. It appears under its name only when complete.
+
+Interface: vllm/distributed/kv_transfer/kv_connector/v1/base.py (vLLM 0.32).
 """
 
 from __future__ import annotations

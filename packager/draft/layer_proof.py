@@ -1,8 +1,8 @@
 """Proof that captured states are those of the layers meant, by the project's own transformers forward.
 
 Engines count layers in different ways (SGLang adds one to an id that vLLM takes as it is), and a draft served
-with states of a neighbouring layer loads, runs and is hardly ever accepted. So the states of the first prompts
-are compared, by cosine, with what every layer of the checkpoint computes for the same tokens.
+with states of a neighbouring layer loads, runs and is hardly ever accepted. So the states of the first
+prompts are compared, by cosine, with what every layer of the checkpoint computes for the same tokens.
 """
 
 from __future__ import annotations
