@@ -134,6 +134,8 @@ def prepare(
     if not prompts:
         raise BadInput("no prompts to prepare a draft from")
     chosen = [{"index": index, **prompt} for index, prompt in enumerate(prompts[: spec.prompts])]
+    if len(chosen) < spec.prompts:
+        progress(f"draft: {spec.prompts} prompts were asked for, {len(chosen)} distinct ones are there")
     digest = target_digest(target)
     layers = (*spec.aux_layers, config["num_hidden_layers"])
     data = DraftData(workdir, digest)
