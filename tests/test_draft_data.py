@@ -24,6 +24,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 SPEC = DraftSpec(vocab_size=512, aux_layers=(1, 2, 3), prompts=48, max_response_tokens=64, steps=60)
+ONE_RESPONSE = '{"index": 0, "states": "000000.safetensors", "prompt_ids": [5], "response_ids": [6, 2]}\n'
+"""Two tokens of states: 4112 bytes and a header."""
 ASK = [{"role": "user", "content": "Weight 40 kg. What is the dose?"}]
 
 
@@ -350,24 +352,40 @@ def test_states_beyond_a_lowered_budget_are_refused(tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"max_states_bytes": 1000})
     with pytest.raises(BadInput):
         prepare(CHECKPOINT, spec, language.prompts(4), work, lambda _: None)
-    (work / "states" / "000000.safetensors").write_bytes(b"x" * 2000)
-    (work / "responses.jsonl").write_text('{"index": 0, "states": "000000.safetensors"}\n')
-    with pytest.raises(BadInput, match="take 2000 bytes, the budget is 1000"):
+    (work / "states" / "000000.safetensors").write_bytes(b"x" * 5000)
+    (work / "responses.jsonl").write_text(ONE_RESPONSE)
+    with pytest.raises(BadInput, match="take 5000 bytes, the budget is 1000"):
         prepare(CHECKPOINT, spec, language.prompts(4), work, lambda _: None)
 
 
 def test_nothing_is_done_again_within_the_same_budget(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    spec = SPEC.model_copy(update={"max_states_bytes": 1000})
+    spec = SPEC.model_copy(update={"max_states_bytes": 6000})
     with pytest.raises(BadInput):
         prepare(CHECKPOINT, spec, language.prompts(4), work, lambda _: None)
-    (work / "responses.jsonl").write_text('{"index": 0, "states": "000000.safetensors"}\n')
-    (work / "complete").write_text('{"stopped_at_bytes": 1000}')
+    (work / "states" / "000000.safetensors").write_bytes(b"x" * 5000)
+    (work / "responses.jsonl").write_text(ONE_RESPONSE)
+    (work / "complete").write_text('{"stopped_at_bytes": 6000}')
     found = prepare(CHECKPOINT, spec, language.prompts(4), work, lambda _: None)
     assert len(found.records()) == 1
-    raised = SPEC.model_copy(update={"max_states_bytes": 2000})  # goes on, and stops where it did before
-    with pytest.raises(BadInput, match="the budget is 2000"):
-        prepare(CHECKPOINT, raised, language.prompts(4), work, lambda _: None)
+
+
+@pytest.mark.parametrize("damage", ["gone", "truncated"])
+def test_a_response_without_whole_states_is_taken_again(tmp_path: Path, damage: str) -> None:
+    """Alone; the budget stops this before an engine starts."""
+    work = tmp_path / "work"
+    spec = SPEC.model_copy(update={"max_states_bytes": 6000})
+    with pytest.raises(BadInput):
+        prepare(CHECKPOINT, spec, language.prompts(4), work, lambda _: None)
+    if damage == "truncated":
+        (work / "states" / "000000.safetensors").write_bytes(b"x" * 3000)
+    (work / "responses.jsonl").write_text(ONE_RESPONSE)
+    (work / "complete").write_text('{"stopped_at_bytes": null}')
+    lines: list[str] = []
+    with pytest.raises(BadInput, match="the budget is 6000"):
+        prepare(CHECKPOINT, spec, language.prompts(4), work, lines.append)
+    assert "draft: 1 responses without whole states are taken again" in lines
+    assert not (work / "complete").exists()
 
 
 def test_states_without_a_proof_say_so(tmp_path: Path) -> None:

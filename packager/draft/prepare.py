@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,62 +18,13 @@ from packager.draft.config import check_aux_layers
 from packager.draft.layer_proof import describe, prove_layers
 from packager.draft.prompts import context_length, tokenize
 from packager.draft.states_file import FILE_OVERHEAD, bytes_per_token
+from packager.draft.workdir import COMPLETE, PROOF, DraftData, claim, drop_torn, is_complete
 from packager.errors import BadInput, RemoteFailure
 from packager.recipe import DraftSpec
 
+__all__ = ["DraftData", "engine_environment", "prepare", "target_digest"]
+
 _LOG_TAIL = 15
-_PROOF = "layer_proof.json"
-_COMPLETE = "complete"
-
-
-@dataclass(frozen=True)
-class DraftData:
-    """What `prepare` leaves in a work directory."""
-
-    workdir: Path
-    target: str
-    """Digest of the target the states were taken from."""
-
-    @property
-    def responses(self) -> Path:
-        """JSONL: one record a prompt, with token ids and the name of its states file."""
-        return self.workdir / "responses.jsonl"
-
-    @property
-    def states(self) -> Path:
-        """Directory of states files."""
-        return self.workdir / "states"
-
-    @property
-    def layer_proof(self) -> dict[str, Any]:
-        """What `layer_proof.prove_layers` found; `proved` is false with a `reason` where it was not run."""
-        path = self.workdir / _PROOF
-        if not path.exists():
-            return {"proved": False, "reason": "the states were not compared with a forward"}
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-
-    def states_bytes(self) -> int:
-        """Bytes that the states files take."""
-        return sum(path.stat().st_size for path in self.states.glob("*.safetensors"))
-
-    def records(self) -> list[dict[str, Any]]:
-        """Complete records, in the prompts' order; a torn last line counts for nothing.
-
-        Raises:
-            BadInput: nothing has been prepared here.
-        """
-        found: dict[int, dict[str, Any]] = {}
-        if self.responses.exists():
-            for line in self.responses.read_bytes().split(b"\n"):
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                found[record["index"]] = record
-        if not found:
-            raise BadInput(f"{self.workdir} holds no responses", "Run `packager draft prepare` first.")
-        return [found[index] for index in sorted(found)]
 
 
 def target_digest(target: Path) -> str:
@@ -107,10 +57,12 @@ def prepare(
 ) -> DraftData:
     """Responses of `target` to `prompts[: spec.prompts]`, and its states at their tokens.
 
-    What `workdir` holds for the same target, layers, length, sampling, states dtype and prompts is kept; for
-    others it is discarded. Under a disk budget (`spec.max_states_bytes`) capturing stops before a response
-    that might exceed it: how long responses get is not known beforehand, and what fits is a data set as good
-    as a shorter list of prompts. Called again it does nothing more, unless the budget was raised.
+    What `workdir` holds for the same target, layers, length, sampling, states dtype and prompts is kept,
+    responses whose states file is missing or cut short excepted; for others it is discarded.
+
+    Under a disk budget (`spec.max_states_bytes`) capturing stops before a response that might exceed it: how
+    long responses get is not known beforehand, and what fits is a data set as good as a shorter list of
+    prompts. Called again it does nothing more, unless the budget was raised.
 
     The captured layers are proved (`packager.draft.layer_proof`) on the first responses, while the others are
     generated.
@@ -141,16 +93,19 @@ def prepare(
     data = DraftData(workdir, digest)
     sampling = [spec.temperature, spec.top_p, spec.response_seed] if spec.temperature else "greedy"
     key = [digest, layers, spec.max_response_tokens, sampling, spec.states_dtype, chosen]
-    _claim(data, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(), progress)
+    claim(data, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(), progress)
+
+    per_token = bytes_per_token(len(layers), config["hidden_size"], spec.states_dtype)
+    drop_torn(data, per_token, progress)
 
     def prove() -> None:
         _prove_once(data, target, layers, progress)
 
-    have = {record["index"] for record in data.records()} if data.responses.exists() else set()
-    if _is_complete(data, spec):
+    have = {record["index"] for record in data.taken()}
+    if is_complete(data, spec):
         progress(f"draft: {len(have)} responses and their states are there")
         return data
-    (workdir / _COMPLETE).unlink(missing_ok=True)
+    (workdir / COMPLETE).unlink(missing_ok=True)
     wanted = [prompt for prompt in chosen if prompt["index"] not in have]
     if wanted:
         length = context_length(target, config, engine or {})
@@ -160,7 +115,6 @@ def prepare(
                 f"draft: {len(found.too_long)} prompts leave no room within the {length} tokens that the "
                 f"target serves and are skipped (the longest has {max(found.too_long)} tokens)"
             )
-        per_token = bytes_per_token(len(layers), config["hidden_size"], spec.states_dtype)
         _plan_disk(data, spec, found.prompts, per_token, length, progress)
         _write_lines(workdir / "prompts.jsonl", found.prompts)
         job = {
@@ -189,7 +143,7 @@ def prepare(
             f"draft: stopped within the budget of {stopped / 1e9:.3g} GB: {len(have) + taken} responses, "
             f"{data.states_bytes() / 1e9:.3g} GB of states; {len(wanted) - taken} prompts got none"
         )
-    (workdir / _COMPLETE).write_text(json.dumps({"stopped_at_bytes": stopped}), encoding="utf-8")
+    (workdir / COMPLETE).write_text(json.dumps({"stopped_at_bytes": stopped}), encoding="utf-8")
     return data
 
 
@@ -197,59 +151,14 @@ def _prove_once(
     data: DraftData, target: Path, layers: Sequence[int], progress: Callable[[str], None]
 ) -> None:
     """Prove the layer ids as soon as there are states, if that has not been done."""
-    if (data.workdir / _PROOF).exists():
+    if (data.workdir / PROOF).exists():
         return
     proof = prove_layers(target, layers, data.records(), data.states)
     for line in describe(proof):
         progress(f"draft: {line}")
-    partial = data.workdir / (_PROOF + ".partial")
+    partial = data.workdir / (PROOF + ".partial")
     partial.write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
-    partial.replace(data.workdir / _PROOF)
-
-
-def _is_complete(data: DraftData, spec: DraftSpec) -> bool:
-    """Whether there is nothing left to take: everything is there, or what the budget allowed.
-
-    Raises:
-        BadInput: the states that are there exceed the budget.
-    """
-    budget, used = spec.max_states_bytes, data.states_bytes()
-    if budget is not None and used > budget:
-        raise BadInput(
-            f"the states in {data.workdir} take {used} bytes, the budget is {budget}",
-            "Raise draft.max_states_bytes, or delete that directory to take fewer.",
-        )
-    mark = data.workdir / _COMPLETE
-    if not mark.exists():
-        return False
-    stopped = json.loads(mark.read_text(encoding="utf-8") or "{}").get("stopped_at_bytes")
-    return stopped is None or (budget is not None and budget <= stopped)
-
-
-def _claim(data: DraftData, key: str, progress: Callable[[str], None]) -> None:
-    """Make the work directory one for `key`; what was taken under another key is of no use."""
-    data.workdir.mkdir(parents=True, exist_ok=True)
-    mark = data.workdir / "prepared_for"
-    if mark.exists() and mark.read_text(encoding="utf-8") != key:
-        progress(
-            "draft: the target, the prompts or the sampling changed; responses and states are taken anew"
-        )
-        mark.unlink()
-    if not mark.exists():
-        shutil.rmtree(data.states, ignore_errors=True)
-        for name in ("responses.jsonl", _COMPLETE, _PROOF, "prompts.jsonl", "job.json"):
-            (data.workdir / name).unlink(missing_ok=True)
-        mark.write_text(key, encoding="utf-8")
-    data.states.mkdir(exist_ok=True)
-    if data.responses.exists():  # cut a line that a kill tore, so that the next one starts on its own
-        whole = data.responses.read_bytes()
-        data.responses.write_bytes(whole[: whole.rfind(b"\n") + 1])
-        named = {record["states"] for record in data.records()} if b"\n" in whole else set()
-    else:
-        named = set()
-    for path in data.states.iterdir():  # of requests that a kill cut off; they would count against the budget
-        if path.name not in named:
-            path.unlink()
+    partial.replace(data.workdir / PROOF)
 
 
 def _plan_disk(

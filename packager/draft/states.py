@@ -17,6 +17,7 @@ from packager.draft.head import DraftBatch
 from packager.draft.states_file import decode_states
 from packager.errors import BadInput
 
+_AGAIN = "Delete that file and run `packager draft prepare` again: its response alone is taken anew."
 HELD_OUT_SHARE = 0.06
 """Share of prompts kept out of training, chosen by a hash of their id."""
 
@@ -76,16 +77,15 @@ def load_layers(sample: Sample, layers: int) -> Tensor:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         states, tokens = decode_states(tensors), tensors["token_ids"]
     except (OSError, SafetensorError, KeyError, ValueError) as err:
-        raise BadInput(
-            f"cannot read the hidden states {sample.path}: {err}", "Prepare the draft data again."
-        ) from None
+        raise BadInput(f"cannot read the hidden states {sample.path}: {err}", _AGAIN) from None
     if states.shape[:2] != (len(sample.ids) - 1, layers):
         raise BadInput(
             f"{sample.path} holds states of shape {tuple(states.shape)}, expected {len(sample.ids) - 1} "
-            f"tokens and {layers} layers"
+            f"tokens and {layers} layers",
+            _AGAIN,
         )
     if tokens.tolist() != list(sample.ids[:-1]):
-        raise BadInput(f"{sample.path} holds the states of other tokens", "Prepare the draft data again.")
+        raise BadInput(f"{sample.path} holds the states of other tokens", _AGAIN)
     return states
 
 
