@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from packager.bailing.hf_config import BailingMoeConfig, BailingMoeV2Config
 from packager.bailing.hf_model import BailingMoeV2DecoderLayer, Positions, model_fields
+from packager.checkpoint.header import TensorInfo
 from packager.checkpoint.source import Checkpoint, TensorReader
 from packager.errors import BadInput
 
 _BLOCK = 128
-_CODES = ("F8_E4M3", "I8")
-_FLOATS = ("BF16", "F16", "F32")
+_CODES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class LayerwiseForward:
@@ -38,7 +38,10 @@ class LayerwiseForward:
         if (kind := kinds.get(raw.get("model_type", ""))) is None:
             raise BadInput(f"model_type {raw.get('model_type')!r} is not BailingMoeV2's")
         self._checkpoint = checkpoint
-        self._fields = model_fields(kind(**raw))
+        try:
+            self._fields = model_fields(kind(**raw))
+        except ValueError as err:
+            raise BadInput(str(err)) from None
         self.layers: int = self._fields["num_hidden_layers"]
         with torch.device("meta"):
             self._names = [
@@ -54,12 +57,14 @@ class LayerwiseForward:
         info = self._checkpoint.tensors.get(name)
         if info is None:
             raise BadInput(f"{self._checkpoint.name} has no tensor {name}")
-        if info.dtype in _CODES and self._scale(name) is None:
-            raise BadInput(f"{self._checkpoint.name} has {name} in {info.dtype}, but no scale for it")
-        if info.dtype not in (*_CODES, *_FLOATS):
+        if info.dtype in _CODES:
+            scale = self._scale(name)
+            if scale is None or scale.dtype not in _FLOATS:
+                raise BadInput(f"{self._checkpoint.name} has no scale that can be read for {name}")
+        elif info.dtype not in _FLOATS:
             raise BadInput(f"{name} is stored as {info.dtype}")
 
-    def _scale(self, name: str) -> Any:
+    def _scale(self, name: str) -> TensorInfo | None:
         found = self._checkpoint.tensors
         return found.get(f"{name}_scale_inv") or found.get(f"{name}_scale")
 
@@ -96,10 +101,12 @@ class LayerwiseForward:
 
     def _read(self, reader: TensorReader, name: str) -> Tensor:
         info = self._checkpoint.tensors[name]
-        values = torch.from_numpy(reader.array(info).astype("float32"))
+        values = _values(reader, info)
         if info.dtype not in _CODES:
             return values
-        scale = torch.from_numpy(reader.array(self._scale(name)).astype("float32"))
+        stored = self._scale(name)
+        assert stored is not None  # checked
+        scale = _values(reader, stored)
         if scale.numel() == 1:
             return values * scale
         scale = scale.reshape(len(scale), -1)
@@ -108,3 +115,9 @@ class LayerwiseForward:
         if len(scale) != len(values):
             scale = scale.repeat_interleave(_BLOCK, 0)[: len(values)]
         return values * scale
+
+
+def _values(reader: TensorReader, info: TensorInfo) -> Tensor:
+    """A tensor's numbers as FP32, codes without their scale; torch widens them on all cores."""
+    kind = (_CODES | _FLOATS)[info.dtype]
+    return torch.from_numpy(reader.bytes(info)).view(kind).reshape(info.shape).float()
