@@ -120,6 +120,33 @@ def test_the_split_is_a_function_of_the_id_alone() -> None:
     assert share == pytest.approx(HELD_OUT_SHARE, abs=0.005)
 
 
+def test_the_vocabulary_is_chosen_on_the_training_side_and_judged_on_the_other(tmp_path: Path) -> None:
+    """A token of held-out responses alone is not covered, and lowers the coverage of its language only."""
+    from packager.draft.stage import coverages, response_vocabulary
+    from packager.draft.states import held_out
+
+    rows, seen = [], {True: 0, False: 0}
+    for index in range(200):
+        held = held_out(f"p{index}")
+        language = "zh" if seen[held] % 2 else "en"
+        seen[held] += 1
+        ids = [7, 8, 9, 60] if held and language == "zh" else [7, 8, 9, 9]
+        rows.append(
+            {"index": index, "id": f"p{index}", "task": "t", "language": language, "response_ids": ids}
+        )
+    assert seen[True] >= 4
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = response_vocabulary(DraftData(tmp_path, "x"), SPEC.model_copy(update={"vocab_size": 10}), 100)
+    assert found.target_ids == tuple(range(10))
+    assert coverages(rows, found) == {
+        "coverage": {"language": {"en": 1.0, "zh": 1.0}, "task": {"t": 1.0}},
+        "held_out_coverage": {
+            "language": {"en": 1.0, "zh": 0.75},
+            "task": {"t": 1 - (seen[True] // 2) / (4 * seen[True])},
+        },
+    }
+
+
 # ---- tokens -----------------------------------------------------------------------------------------------
 
 
