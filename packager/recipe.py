@@ -167,6 +167,8 @@ class ContextSpec(Spec):
 
 DraftLoss = Literal["soft", "hard", "kl", "reverse_kl", "js", "tv", "nla", "lk_hybrid"]
 """Losses of the draft's training; `packager.draft.loss` says what each is."""
+StatesDtype = Literal["bfloat16", "float8"]
+"""How hidden states are stored; float8: E4M3 with a scale for each token and layer."""
 
 
 class DraftSpec(Spec):
@@ -182,8 +184,16 @@ class DraftSpec(Spec):
     prompts: int = Field(gt=0)
     """How many prompts get a response from the target."""
     prompts_file: str | None = None
-    """JSONL of chat messages; None: the nano's own language."""
+    """Chat file (JSONL or a JSON array); None: the nano's own language."""
     max_response_tokens: int = Field(default=128, gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+    """Of the responses; 0: greedy, and `top_p` and `response_seed` are of no account."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    response_seed: int = 0
+    """Each response is sampled from a seed of its own, derived from this and the prompt's id."""
+    states_dtype: StatesDtype = "bfloat16"
+    max_states_bytes: int | None = Field(default=None, gt=0)
+    """Disk that hidden states may take; capturing stops before it would be exceeded. None: what is free."""
     steps: int = Field(gt=0)
     batch_tokens: int = Field(default=4096, gt=0)
     """Padded tokens a training step, prompts included."""

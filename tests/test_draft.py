@@ -19,7 +19,8 @@ from packager.artifact import check
 from packager.cli.draft import command
 from packager.draft.acceptance import acceptance_from_metrics
 from packager.draft.config import draft_config
-from packager.draft.prepare import DraftData, prepare, read_prompts
+from packager.draft.prepare import DraftData, prepare
+from packager.draft.prompts import read_prompts
 from packager.draft.stage import TRAINING_STATE, train
 from packager.draft.vocabulary import VocabularyMap, choose_vocabulary, coverage
 from packager.errors import BadInput

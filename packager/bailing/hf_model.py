@@ -23,7 +23,7 @@ from packager.bailing.model import MLP, DecoderLayer, Gate, RMSNorm, rotary_tabl
 from packager.errors import BadInput
 
 
-def _fields(config: BailingMoeV2Config) -> dict[str, Any]:
+def model_fields(config: BailingMoeV2Config) -> dict[str, Any]:
     """What `packager.bailing.model` reads, from a config as transformers 5 keeps it.
 
     Raises:
@@ -160,7 +160,7 @@ class BailingMoeV2ForCausalLM(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: BailingMoeV2Config) -> None:
         super().__init__(config)
-        self.model = BailingMoeV2Model(_fields(config))
+        self.model = BailingMoeV2Model(model_fields(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         # Prediction layers follow the decoder's; they have no part in it.

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from packager.cli import options
 from packager.cli.output import progress, training_bar
 from packager.errors import BadInput, UsageProblem
-from packager.recipe import DraftLoss, DraftSpec, load_recipe
+from packager.recipe import DraftLoss, DraftSpec, StatesDtype, load_recipe
 
 if TYPE_CHECKING:
     from packager.draft.prepare import DraftData
@@ -61,15 +61,9 @@ def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
         from packager.nano import language
 
         return language.prompts(count)
-    from packager.draft.prepare import read_prompts
+    from packager.draft.prompts import read_prompts_file
 
-    try:
-        with source.open(encoding="utf-8") as lines:
-            return read_prompts(lines, str(source))
-    except FileNotFoundError:
-        raise BadInput(f"no prompts at {source}", "Give a JSONL file with one chat a line.") from None
-    except UnicodeDecodeError as err:
-        raise BadInput(f"{source} is not UTF-8: {err}") from None
+    return read_prompts_file(source)
 
 
 @click.group(name="draft")
@@ -82,12 +76,25 @@ def command() -> None:
 @click.argument("workdir", type=_DIRECTORY)
 @click.option("--recipe", type=_FILE, help="Take the draft section of a release recipe; options override it.")
 @click.option(
-    "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it the nano's own language."
+    "--prompts",
+    "source",
+    type=_FILE,
+    help="Chats, JSONL or a JSON array (messages, ShareGPT's conversations, or prompt); without it the "
+    "nano's own language.",
 )
 @click.option("--count", type=click.IntRange(min=1), help="How many prompts get a response.")
 @click.option("--vocab-size", type=click.IntRange(min=1), help="Draft vocabulary.")
 @click.option("--aux-layers", metavar="J,J,J", help="Layers whose inputs feed the draft.")
 @click.option("--max-response-tokens", type=click.IntRange(min=2))
+@click.option("--temperature", type=click.FloatRange(min=0), help="Of the responses; 0, the default: greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1))
+@click.option("--response-seed", type=int, help="Of sampled responses.")
+@click.option("--states-dtype", type=click.Choice(get_args(StatesDtype)), help="How states are stored.")
+@click.option(
+    "--max-states-bytes",
+    type=click.IntRange(min=1),
+    help="Disk for hidden states; capturing stops before it is exceeded.",
+)
 @options.as_json
 def prepare_command(
     target: Path,
@@ -95,18 +102,18 @@ def prepare_command(
     recipe: Path | None,
     source: Path | None,
     count: int | None,
-    vocab_size: int | None,
     aux_layers: str | None,
-    max_response_tokens: int | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Generate responses with TARGET served by vLLM and keep its hidden states in WORKDIR.
 
-    Interrupted, the same command goes on where it was.
+    Interrupted, the same command goes on where it was. That the states are those of the layers named is
+    proved by TARGET's own forward, layer by layer.
     """
+    from packager.draft.layer_proof import describe
     from packager.draft.prepare import prepare
-    from packager.draft.stage import response_vocabulary
-    from packager.draft.vocabulary import coverage
+    from packager.draft.stage import coverages, response_vocabulary
 
     given: dict[str, Any] = load_recipe(recipe).draft.model_dump() if recipe else {}
     if aux_layers is not None:
@@ -116,13 +123,8 @@ def prepare_command(
             raise UsageProblem(
                 f"--aux-layers {aux_layers!r} is not a list of numbers such as 1,2,3"
             ) from None
-    for key, value in (
-        ("vocab_size", vocab_size),
-        ("prompts", count),
-        ("max_response_tokens", max_response_tokens),
-    ):
-        if value is not None:
-            given[key] = value
+    settings["prompts"] = count
+    given |= {key: value for key, value in settings.items() if value is not None}
     if source is None and given.get("prompts_file"):
         source = Path(given["prompts_file"])
     given.setdefault("prompts", 600)
@@ -138,18 +140,26 @@ def prepare_command(
     from packager.checkpoint.source import Checkpoint
 
     vocabulary = response_vocabulary(data, spec, Checkpoint.open(target).config()["vocab_size"])
-    covered = {key: coverage(records, vocabulary, key) for key in ("language", "task")}
+    covered = coverages(records, vocabulary)
     document = {
         "responses": len(records),
+        "distinct_responses": len({tuple(record["response_ids"]) for record in records}),
         "response_tokens": sum(len(record["response_ids"]) for record in records),
+        "states_bytes": data.states_bytes(),
+        "layer_proof": data.layer_proof,
         "draft_vocabulary": spec.vocab_size,
-        "coverage": covered,
+        **covered,
     }
-    lines = [f"{document['responses']} responses, {document['response_tokens']} tokens in {workdir}"]
-    lines += [
-        f"{spec.vocab_size} draft tokens cover {share:.2%} of the responses in {name}"
-        for name, share in covered["language"].items()
+    lines = [
+        f"{document['responses']} responses ({document['distinct_responses']} distinct), "
+        f"{document['response_tokens']} tokens in {workdir}",
+        *describe(data.layer_proof),
+        f"{spec.vocab_size} draft tokens, chosen on the training side; a token that they do not cover is "
+        "always rejected. They cover of the responses",
     ]
+    for side, kinds in (("training", covered["coverage"]), ("held out", covered["held_out_coverage"])):
+        for kind, name in (("language", "language"), ("task", "domain")):
+            lines += [f"  {side}, {name} {value}: {share:.2%}" for value, share in kinds[kind].items()]
     _finish(as_json, document, "\n".join(lines))
 
 

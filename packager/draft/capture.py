@@ -1,12 +1,14 @@
-"""Child process: one vLLM engine writes greedy responses and the hidden states that produced them.
+"""Child process: one vLLM engine writes responses and the hidden states that produced them.
 
 `python -m packager.draft.capture JOB.json`. States are taken while the tokens are generated, so nothing is
 computed twice and the engine starts once. A line goes into `responses.jsonl` only when the states file it
-names is complete, so a killed run keeps every finished chunk. Progress: lines `@ <done> <total>` on stdout.
+names is complete, so a killed run keeps every finished chunk. Under a disk budget a request starts only if
+the budget holds its states at their longest. Progress: lines `@ <done> <total>` on stdout.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -17,6 +19,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from packager.draft.states_file import FILE_OVERHEAD
+from packager.recipe import StatesDtype
+
+FIRST_CHUNK = 8
+"""Few, so that the layers are proved before much is taken."""
 CHUNK = 256
 """Prompts handed to the engine at once; a kill loses at most one chunk."""
 _FLUSH_TIMEOUT_S = 60.0
@@ -27,7 +34,7 @@ class CaptureJob(BaseModel):
 
     target: str
     prompts: str
-    """JSONL: `index`, `id`, `messages`, `task`, `language`."""
+    """JSONL: `index`, `id`, `task`, `language`, `prompt_ids`."""
     responses: str
     """JSONL appended to."""
     states: str
@@ -35,6 +42,14 @@ class CaptureJob(BaseModel):
     layers: tuple[int, ...]
     """Layer ids whose inputs are captured; the number of layers stands for the last layer's output."""
     max_response_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    response_seed: int = 0
+    states_dtype: StatesDtype = "bfloat16"
+    bytes_per_token: int
+    """Of a states file."""
+    max_states_bytes: int | None = None
+    """What the states files may take together; None: no bound."""
     engine: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`."""
 
@@ -48,7 +63,7 @@ def run(job: CaptureJob) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     # One process: no second copy of the weights, and the end of this process is the end of the engine.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.platforms import current_platform
 
@@ -73,37 +88,27 @@ def run(job: CaptureJob) -> None:
             kv_connector="HiddenStatesConnector",
             kv_connector_module_path="packager.draft.connector",
             kv_role="kv_producer",
-            kv_connector_extra_config={"directory": job.states},
+            kv_connector_extra_config={"directory": job.states, "dtype": job.states_dtype},
         ),
         **options,
     )
-    tokenizer = llm.get_tokenizer()
     limit = llm.llm_engine.model_config.max_model_len
+    used = sum(path.stat().st_size for path in Path(job.states).glob("*.safetensors"))
+    done, begin = 0, 0
     print(f"@ 0 {len(records)}", flush=True)
     with Path(job.responses).open("a", encoding="utf-8") as out:
-        for start in range(0, len(records), CHUNK):
-            chunk, prompts, params = [], [], []
-            for record in records[start : start + CHUNK]:
-                ids = tokenizer.apply_chat_template(
-                    record["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-                room = limit - len(ids)
-                if room < 2:  # nothing to draft
-                    continue
-                chunk.append(record)
-                prompts.append({"prompt_token_ids": ids})
-                params.append(
-                    SamplingParams(
-                        temperature=0.0,
-                        max_tokens=min(job.max_response_tokens, room),
-                        extra_args={
-                            "kv_transfer_params": {"states_file": f"{record['index']:06d}.safetensors"}
-                        },
-                    )
-                )
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            files = [f"{record['index']:06d}.safetensors" for record in chunk]
-            _flush(llm, [Path(job.states) / file for file in files])
+        while begin < len(records):
+            chunk = _affordable(job, records[begin : begin + (CHUNK if begin else FIRST_CHUNK)], limit, used)
+            if not chunk:
+                break
+            begin += len(chunk)
+            outputs = llm.generate(
+                [{"prompt_token_ids": record["prompt_ids"]} for record in chunk],
+                [_sampling(job, record, limit) for record in chunk],
+                use_tqdm=False,
+            )
+            files = [Path(job.states) / _file(record) for record in chunk]
+            _flush(llm, files)
             for record, file, output in zip(chunk, files, outputs, strict=True):
                 row = {
                     "index": record["index"],
@@ -113,12 +118,54 @@ def run(job: CaptureJob) -> None:
                     "prompt_ids": list(output.prompt_token_ids),
                     "response_ids": list(output.outputs[0].token_ids),
                     "text": output.outputs[0].text,
-                    "states": file,
+                    "states": file.name,
                 }
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             os.fsync(out.fileno())
-            print(f"@ {min(start + CHUNK, len(records))} {len(records)}", flush=True)
+            used += sum(file.stat().st_size for file in files)
+            done += len(chunk)
+            print(f"@ {done} {len(records)}", flush=True)
+
+
+def _room(job: CaptureJob, record: dict[str, Any], limit: int) -> int:
+    """Most tokens of a response."""
+    return min(job.max_response_tokens, limit - len(record["prompt_ids"]))
+
+
+def _affordable(
+    job: CaptureJob, records: list[dict[str, Any]], limit: int, used: int
+) -> list[dict[str, Any]]:
+    """The records up to the first whose states, at their longest, the budget might not hold.
+
+    A shorter one behind it is not preferred: that would leave the long prompts out of the data.
+    """
+    if job.max_states_bytes is None:
+        return records
+    for number, record in enumerate(records):
+        tokens = len(record["prompt_ids"]) + _room(job, record, limit)
+        used += tokens * job.bytes_per_token + FILE_OVERHEAD
+        if used > job.max_states_bytes:
+            return records[:number]
+    return records
+
+
+def _file(record: dict[str, Any]) -> str:
+    return f"{record['index']:06d}.safetensors"
+
+
+def _sampling(job: CaptureJob, record: dict[str, Any], limit: int) -> Any:
+    """The request's own seed makes its response independent of what runs beside it and of earlier kills."""
+    from vllm import SamplingParams
+
+    seed = hashlib.sha256(f"{job.response_seed}|{record['id']}".encode()).digest()
+    drawn = {"top_p": job.top_p, "seed": int.from_bytes(seed[:4], "big")} if job.temperature else {}
+    return SamplingParams(
+        temperature=job.temperature,
+        max_tokens=_room(job, record, limit),
+        extra_args={"kv_transfer_params": {"states_file": _file(record)}},
+        **drawn,
+    )
 
 
 def _flush(llm: Any, files: list[Path]) -> None:

@@ -6,13 +6,14 @@ slot a token. When a request finishes, this connector reads its slots and writes
 own `ExampleHiddenStatesConnector` does the same with pinned memory and CUDA events, which a CPU build lacks.
 
 Named in `KVTransferConfig` as `kv_connector="HiddenStatesConnector"`,
-`kv_connector_module_path="packager.draft.connector"`, with `kv_connector_extra_config={"directory": ...}`. A
-request names its file in `SamplingParams.extra_args["kv_transfer_params"]["states_file"]`; one that does not
-is not captured.
+`kv_connector_module_path="packager.draft.connector"`, with `kv_connector_extra_config` of `directory` and
+`dtype` (`bfloat16` or `float8`). A request names its file in
+`SamplingParams.extra_args["kv_transfer_params"]["states_file"]`; one that does not is not captured.
 
-A file holds `hidden_states` `[tokens, layers, hidden]` in the target's dtype and `token_ids` `[tokens]`
-int64. It covers prompt and output without the last output token, which never was an input. It appears under
-its name only when complete. Interface: vllm/distributed/kv_transfer/kv_connector/v1/base.py (vLLM 0.32).
+A file holds what packager/draft/states_file.py describes, for prompt and output without the last output
+token, which never was an input. It appears under its name only when complete.
+
+Interface: vllm/distributed/kv_transfer/kv_connector/v1/base.py (vLLM 0.32).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+
+from packager.draft.states_file import encode_states
 
 
 @dataclass
@@ -65,6 +68,7 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mi
             )
         self._group = found[0]
         self._directory = Path(self._kv_transfer_config.get_from_extra_config("directory", "."))
+        self._dtype = self._kv_transfer_config.get_from_extra_config("dtype", "bfloat16")
         self._waiting: list[FinishedRequest] = []  # scheduler side
         self._cache: torch.Tensor | None = None  # worker side: [blocks, layers, block size, hidden]
         self._writes = True
@@ -115,7 +119,8 @@ class HiddenStatesConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mi
         blocks = torch.tensor(request.blocks, dtype=torch.long)[: -(-tokens // size)]
         # [blocks, layers, size, hidden] -> [tokens, layers, hidden]; the copy is synchronous on every device.
         states = self._cache[blocks.to(self._cache.device)].transpose(1, 2).flatten(0, 1)[:tokens]
-        tensors = {"hidden_states": states.cpu().contiguous(), "token_ids": torch.tensor(request.token_ids)}
+        tensors = {name: tensor.cpu() for name, tensor in encode_states(states, self._dtype).items()}
+        tensors["token_ids"] = torch.tensor(request.token_ids)
         path = self._directory / request.file
         partial = path.with_suffix(".partial")
         save_file(tensors, partial)

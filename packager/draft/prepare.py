@@ -8,101 +8,28 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from packager.artifact import is_sealed, read_manifest
 from packager.checkpoint.source import Checkpoint
 from packager.draft.config import check_aux_layers
+from packager.draft.layer_proof import describe, prove_layers
+from packager.draft.prompts import context_length, tokenize
+from packager.draft.states_file import FILE_OVERHEAD, bytes_per_token
+from packager.draft.workdir import COMPLETE, PROOF, DraftData, claim, drop_torn, is_complete
 from packager.errors import BadInput, RemoteFailure
 from packager.recipe import DraftSpec
 
+__all__ = ["DraftData", "engine_environment", "prepare", "target_digest"]
+
 _LOG_TAIL = 15
-_REMEDY = 'Give JSONL with one chat a line: {"messages": [{"role": "user", "content": …}]}.'
-
-
-@dataclass(frozen=True)
-class DraftData:
-    """What `prepare` leaves in a work directory."""
-
-    workdir: Path
-    target: str
-    """Digest of the target the states were taken from."""
-
-    @property
-    def responses(self) -> Path:
-        """JSONL: one record a prompt, with token ids and the name of its states file."""
-        return self.workdir / "responses.jsonl"
-
-    @property
-    def states(self) -> Path:
-        """Directory of states files."""
-        return self.workdir / "states"
-
-    def records(self) -> list[dict[str, Any]]:
-        """Complete records, in the prompts' order; a torn last line counts for nothing.
-
-        Raises:
-            BadInput: nothing has been prepared here.
-        """
-        found: dict[int, dict[str, Any]] = {}
-        if self.responses.exists():
-            for line in self.responses.read_bytes().split(b"\n"):
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                found[record["index"]] = record
-        if not found:
-            raise BadInput(f"{self.workdir} holds no responses", "Run `packager draft prepare` first.")
-        return [found[index] for index in sorted(found)]
 
 
 def target_digest(target: Path) -> str:
     """Identity of the target: of its manifest if it is a sealed artifact, else of its bytes."""
     return read_manifest(target).digest if is_sealed(target) else Checkpoint.open(target).digest()
-
-
-def read_prompts(lines: Iterable[str], where: str) -> list[dict[str, Any]]:
-    """Prompts from JSONL: `messages`, and optionally `id`, `task`, `language`; equal messages count once.
-
-    Raises:
-        BadInput: a line is not JSON or its messages are not a chat that ends with the user; or there is none.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-        except ValueError as err:
-            raise BadInput(f"{where}, line {number} is not JSON: {err}", _REMEDY) from None
-        messages = raw.get("messages") if isinstance(raw, dict) else None
-        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise BadInput(f"{where}, line {number} has no `messages` of role and content", _REMEDY)
-        if messages[-1]["role"] == "assistant":  # a finished chat: the target answers it anew
-            messages = messages[:-1]
-        if not messages or messages[-1]["role"] == "system":
-            raise BadInput(f"{where}, line {number}: nobody asks anything", _REMEDY)
-        key = json.dumps(messages, sort_keys=True, ensure_ascii=False)
-        found.setdefault(
-            key,
-            {
-                "id": str(raw.get("id", hashlib.sha256(key.encode()).hexdigest()[:16])),
-                "messages": messages,
-                "task": str(raw.get("task", "general")),
-                "language": str(raw.get("language", "unknown")),
-            },
-        )
-    if not found:
-        raise BadInput(f"{where} holds no prompts", _REMEDY)
-    return list(found.values())
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def engine_environment() -> dict[str, str]:
@@ -128,14 +55,30 @@ def prepare(
     *,
     engine: Mapping[str, Any] | None = None,
 ) -> DraftData:
-    """Greedy responses of `target` to `prompts[: spec.prompts]`, and its states at their tokens.
+    """Responses of `target` to `prompts[: spec.prompts]`, and its states at their tokens.
 
-    What `workdir` holds for the same target, layers, length and prompts is kept; for others it is discarded.
-    `engine`: further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
+    What `workdir` holds for the same target, layers, length, sampling, states dtype and prompts is kept,
+    responses whose states file is missing or cut short excepted; for others it is discarded.
+
+    Under a disk budget (`spec.max_states_bytes`) capturing stops before a response that might exceed it: how
+    long responses get is not known beforehand, and what fits is a data set as good as a shorter list of
+    prompts. Called again it does nothing more, unless the budget was raised.
+
+    The captured layers are proved (`packager.draft.layer_proof`) on the first responses, while the others are
+    generated.
+
+    Args:
+        target: the checkpoint to serve.
+        spec: what to take.
+        prompts: mappings with `id`, `messages`, `task`, `language`.
+        workdir: where responses and states go.
+        progress: gets a line now and then.
+        engine: further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
 
     Raises:
-        BadInput: the target is no checkpoint, its layers are not those of the spec, no prompts, or too little
-        disk. RemoteFailure: the engine died; the message ends with its log's tail.
+        BadInput: the target is no checkpoint, its layers are not those of the spec, no prompts or none that
+        the target can answer, or too little disk. RemoteFailure: the engine died (the message ends with its
+        log's tail), or its states are those of other layers.
     """
     checkpoint = Checkpoint.open(target)
     config = checkpoint.config()
@@ -143,66 +86,124 @@ def prepare(
     if not prompts:
         raise BadInput("no prompts to prepare a draft from")
     chosen = [{"index": index, **prompt} for index, prompt in enumerate(prompts[: spec.prompts])]
+    if len(chosen) < spec.prompts:
+        progress(f"draft: {spec.prompts} prompts were asked for, {len(chosen)} distinct ones are there")
     digest = target_digest(target)
     layers = (*spec.aux_layers, config["num_hidden_layers"])
     data = DraftData(workdir, digest)
-    key = hashlib.sha256(
-        json.dumps([digest, layers, spec.max_response_tokens, chosen], sort_keys=True).encode()
-    ).hexdigest()
-    _claim(data, key, progress)
+    sampling = [spec.temperature, spec.top_p, spec.response_seed] if spec.temperature else "greedy"
+    key = [digest, layers, spec.max_response_tokens, sampling, spec.states_dtype, chosen]
+    claim(data, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(), progress)
 
-    have = {record["index"] for record in data.records()} if data.responses.exists() else set()
-    wanted = [prompt for prompt in chosen if prompt["index"] not in have]
-    if not wanted or (workdir / "complete").exists():
+    per_token = bytes_per_token(len(layers), config["hidden_size"], spec.states_dtype)
+    drop_torn(data, per_token, progress)
+
+    def prove() -> None:
+        _prove_once(data, target, layers, progress)
+
+    have = {record["index"] for record in data.taken()}
+    if is_complete(data, spec):
         progress(f"draft: {len(have)} responses and their states are there")
         return data
-    per_token = len(layers) * config["hidden_size"] * 2
-    _check_disk(workdir, per_token, len(wanted), spec.max_response_tokens, progress)
-    _write_lines(workdir / "prompts.jsonl", wanted)
-    job = {
-        "target": str(target.resolve()),
-        "prompts": str(workdir / "prompts.jsonl"),
-        "responses": str(data.responses),
-        "states": str(data.states),
-        "layers": layers,
-        "max_response_tokens": spec.max_response_tokens,
-        "engine": dict(engine or {}),
-    }
-    (workdir / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    _run_child(workdir / "job.json", workdir / "capture.log", len(have), progress)
-    (workdir / "complete").touch()
+    (workdir / COMPLETE).unlink(missing_ok=True)
+    wanted = [prompt for prompt in chosen if prompt["index"] not in have]
+    if wanted:
+        length = context_length(target, config, engine or {})
+        found = tokenize(wanted, target, length=length, vocabulary=config["vocab_size"])
+        if found.too_long:
+            progress(
+                f"draft: {len(found.too_long)} prompts leave no room within the {length} tokens that the "
+                f"target serves and are skipped (the longest has {max(found.too_long)} tokens)"
+            )
+        _plan_disk(data, spec, found.prompts, per_token, length, progress)
+        _write_lines(workdir / "prompts.jsonl", found.prompts)
+        job = {
+            "target": str(target.resolve()),
+            "prompts": str(workdir / "prompts.jsonl"),
+            "responses": str(data.responses),
+            "states": str(data.states),
+            "layers": layers,
+            "max_response_tokens": spec.max_response_tokens,
+            "temperature": spec.temperature,
+            "top_p": spec.top_p,
+            "response_seed": spec.response_seed,
+            "states_dtype": spec.states_dtype,
+            "bytes_per_token": per_token,
+            "max_states_bytes": spec.max_states_bytes,
+            "engine": {"max_model_len": length, **(engine or {})},
+        }
+        (workdir / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        _run_child(workdir / "job.json", workdir / "capture.log", len(have), progress, prove)
+        wanted = found.prompts
+    prove()
+    taken = len(data.records()) - len(have)
+    stopped = spec.max_states_bytes if taken < len(wanted) else None
+    if stopped is not None:
+        progress(
+            f"draft: stopped within the budget of {stopped / 1e9:.3g} GB: {len(have) + taken} responses, "
+            f"{data.states_bytes() / 1e9:.3g} GB of states; {len(wanted) - taken} prompts got none"
+        )
+    (workdir / COMPLETE).write_text(json.dumps({"stopped_at_bytes": stopped}), encoding="utf-8")
     return data
 
 
-def _claim(data: DraftData, key: str, progress: Callable[[str], None]) -> None:
-    """Make the work directory one for `key`; what was taken under another key is of no use."""
-    data.workdir.mkdir(parents=True, exist_ok=True)
-    mark = data.workdir / "prepared_for"
-    if mark.exists() and mark.read_text(encoding="utf-8") != key:
-        progress("draft: the target or the prompts changed; responses and states are taken anew")
-        mark.unlink()
-    if not mark.exists():
-        shutil.rmtree(data.states, ignore_errors=True)
-        for name in ("responses.jsonl", "complete", "prompts.jsonl", "job.json"):
-            (data.workdir / name).unlink(missing_ok=True)
-        mark.write_text(key, encoding="utf-8")
-    data.states.mkdir(exist_ok=True)
-    if data.responses.exists():  # cut a line that a kill tore, so that the next one starts on its own
-        whole = data.responses.read_bytes()
-        data.responses.write_bytes(whole[: whole.rfind(b"\n") + 1])
-
-
-def _check_disk(
-    workdir: Path, per_token: int, prompts: int, response: int, progress: Callable[[str], None]
+def _prove_once(
+    data: DraftData, target: Path, layers: Sequence[int], progress: Callable[[str], None]
 ) -> None:
-    """Say what the states will take. The prompts' own length is not known yet, so responses count twice."""
-    need = per_token * prompts * 2 * response
-    free = shutil.disk_usage(workdir).free
-    progress(f"draft: states take {per_token / 1024:.1f} KiB a token, about {need / 1e9:.2f} GB in all")
+    """Prove the layer ids as soon as there are states, if that has not been done."""
+    if (data.workdir / PROOF).exists():
+        return
+    proof = prove_layers(target, layers, data.records(), data.states)
+    for line in describe(proof):
+        progress(f"draft: {line}")
+    partial = data.workdir / (PROOF + ".partial")
+    partial.write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
+    partial.replace(data.workdir / PROOF)
+
+
+def _plan_disk(
+    data: DraftData,
+    spec: DraftSpec,
+    prompts: Sequence[Mapping[str, Any]],
+    per_token: int,
+    length: int,
+    progress: Callable[[str], None],
+) -> None:
+    """Say what the states will take, and refuse what cannot be kept.
+
+    Raises:
+        BadInput: the disk or the budget is too small.
+    """
+    asked = [len(prompt["prompt_ids"]) for prompt in prompts]
+    most = [
+        per_token * (tokens + min(spec.max_response_tokens, length - tokens)) + FILE_OVERHEAD
+        for tokens in asked
+    ]
+    used, budget = data.states_bytes(), spec.max_states_bytes
+    least, need = per_token * sum(asked), sum(most)
+    free = shutil.disk_usage(data.workdir).free
+    progress(
+        f"draft: states take {per_token / 1024:.1f} KiB a token in {spec.states_dtype}: {sum(asked)} prompt "
+        f"tokens are {least / 1e9:.3g} GB, with responses of up to {spec.max_response_tokens} tokens at most "
+        f"{need / 1e9:.3g} GB in all"
+    )
+    remedy = "Free space, choose another workspace, or lower draft.prompts or draft.max_states_bytes."
+    if budget is not None:
+        if not used and most[0] > budget:
+            raise BadInput(
+                f"a response and its states may take {most[0]} bytes, the budget is {budget}",
+                "Raise draft.max_states_bytes or lower draft.max_response_tokens.",
+            )
+        if used + need > budget:
+            fit = int(len(most) * (budget - used) / need)
+            progress(
+                f"draft: the budget is {budget / 1e9:.3g} GB; it holds {fit} of {len(most)} responses or more"
+            )
+        need = min(need, budget - used)
     if need > free:
         raise BadInput(
-            f"hidden states need about {need / 1e9:.1f} GB, {workdir} has {free / 1e9:.1f} GB free",
-            "Free space, choose another workspace, or lower draft.prompts.",
+            f"hidden states need up to {need / 1e9:.3g} GB, {data.workdir} has {free / 1e9:.3g} GB free",
+            remedy,
         )
 
 
@@ -210,8 +211,17 @@ def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _run_child(job: Path, log: Path, done_before: int, progress: Callable[[str], None]) -> None:
-    """Run `packager.draft.capture`; it ends with this process, whose pipe it watches."""
+def _run_child(
+    job: Path,
+    log: Path,
+    done_before: int,
+    progress: Callable[[str], None],
+    on_first: Callable[[], None],
+) -> None:
+    """Run `packager.draft.capture`; it ends with this process, whose pipe it watches.
+
+    `on_first` is called once the first responses are there, and may raise to end the child.
+    """
     command = [sys.executable, "-m", "packager.draft.capture", str(job)]
     with log.open("wb") as errors:
         child = subprocess.Popen(
@@ -223,6 +233,8 @@ def _run_child(job: Path, log: Path, done_before: int, progress: Callable[[str],
                 line = raw.decode(errors="replace")
                 if line.startswith("@ "):
                     done, total = map(int, line[2:].split())
+                    if done:
+                        on_first()
                     progress(
                         f"draft: {done_before + done}/{done_before + total} responses with hidden states"
                     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from packager.draft.train import Progress, Trainer
 
 STAGE = "draft"
+_SIDES = {"coverage": False, "held_out_coverage": True}
 TRAINING_STATE = "training_state.safetensors"
 
 
@@ -43,9 +44,24 @@ class TrainedDraft:
 
 
 def response_vocabulary(data: DraftData, spec: DraftSpec, target_size: int) -> VocabularyMap:
-    """The draft vocabulary from the token counts of the prepared responses."""
-    counts = count_tokens(record["response_ids"] for record in data.records())
+    """The draft vocabulary from the token counts of the prepared responses, held-out ones not counted."""
+    from packager.draft.states import held_out
+
+    counts = count_tokens(record["response_ids"] for record in data.records() if not held_out(record["id"]))
     return choose_vocabulary(counts, spec.vocab_size, target_size)
+
+
+def coverages(
+    records: Sequence[Mapping[str, Any]], vocabulary: VocabularyMap
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`coverage` of the training side and `held_out_coverage`, each by `language` and by `task`."""
+    from packager.draft.states import held_out
+
+    sides = {name: [r for r in records if held_out(r["id"]) == held] for name, held in _SIDES.items()}
+    return {
+        name: {key: coverage(side, vocabulary, key) for key in ("language", "task")}
+        for name, side in sides.items()
+    }
 
 
 def _target_weights(target: Path, vocabulary: VocabularyMap, eps: float) -> Target:
@@ -133,9 +149,12 @@ def train(
     records = data.records()
     config = Checkpoint.open(target).config()
     vocabulary = response_vocabulary(data, spec, config["vocab_size"])
-    covered = {key: coverage(records, vocabulary, key) for key in ("language", "task")}
-    for name, share in covered["language"].items():
-        progress(f"draft: {spec.vocab_size} tokens cover {share:.1%} of the responses in {name}")
+    covered = coverages(records, vocabulary)
+    for key in ("language", "task"):
+        for name, share in covered["held_out_coverage"][key].items():
+            progress(
+                f"draft: {spec.vocab_size} tokens cover {share:.1%} of the held-out responses, {key} {name}"
+            )
     if spec.sliding_window is not None:
         progress(
             f"draft: a window of {spec.sliding_window} tokens; vLLM takes it from the draft's config, SGLang "
@@ -163,7 +182,8 @@ def train(
     metrics = {
         "samples": {"training": len(training), "held_out": len(held)},
         "response_tokens": sum(len(record["response_ids"]) for record in records),
-        "coverage": covered,
+        **covered,
+        "layer_proof": data.layer_proof,
         "steps": spec.steps,
         "parameters": sum(parameter.numel() for parameter in trainer.head.parameters()),
         "bf16_matmul": trainer.bf16,

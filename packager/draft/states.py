@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from packager.draft.head import DraftBatch
 from packager.draft.ranks import processes_here
+from packager.draft.states_file import decode_states
 from packager.errors import BadInput
 
+_AGAIN = "Delete that file and run `packager draft prepare` again: its response alone is taken anew."
 HELD_OUT_SHARE = 0.06
 """Share of prompts kept out of training, chosen by a hash of their id."""
 
@@ -44,38 +46,50 @@ class Sample:
         return len(self.ids) - self.prompt - 1
 
 
+def sample_of(record: Mapping[str, Any], directory: Path) -> Sample:
+    """The sample of one record of `responses.jsonl`."""
+    return Sample(
+        directory / record["states"],
+        len(record["prompt_ids"]),
+        (*record["prompt_ids"], *record["response_ids"]),
+    )
+
+
 def samples(records: Sequence[dict[str, Any]], directory: Path) -> list[Sample]:
     """The records that have something to learn from: two response tokens or more."""
-    found = [
-        Sample(
-            directory / record["states"],
-            len(record["prompt_ids"]),
-            (*record["prompt_ids"], *record["response_ids"]),
-        )
-        for record in records
-    ]
+    found = [sample_of(record, directory) for record in records]
     return [sample for sample in found if sample.queries >= 1]
 
 
 def load_states(sample: Sample, aux: int, hidden: int) -> tuple[Tensor, Tensor]:
-    """(aux states `[tokens - 1, aux * hidden]`, last states `[tokens - 1, hidden]`) in the captured dtype.
+    """(aux states `[tokens - 1, aux * hidden]`, last states `[tokens - 1, hidden]`), BF16 however stored.
 
     Raises:
         BadInput: the file is missing, torn, of another shape, or belongs to other tokens.
     """
+    states = load_layers(sample, aux + 1)
+    if states.shape[2] != hidden:
+        raise BadInput(f"{sample.path} holds states of width {states.shape[2]}, expected {hidden}")
+    return states[:, :aux].flatten(1), states[:, aux]
+
+
+def load_layers(sample: Sample, layers: int) -> Tensor:
+    """All captured states `[tokens - 1, layers, hidden]`, BF16 however stored. Raises as `load_states`."""
     try:
         with safe_open(sample.path, framework="pt") as handle:
-            states, tokens = handle.get_tensor("hidden_states"), handle.get_tensor("token_ids")
-    except (OSError, SafetensorError) as err:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        states, tokens = decode_states(tensors), tensors["token_ids"]
+    except (OSError, SafetensorError, KeyError, ValueError) as err:
+        raise BadInput(f"cannot read the hidden states {sample.path}: {err}", _AGAIN) from None
+    if states.shape[:2] != (len(sample.ids) - 1, layers):
         raise BadInput(
-            f"cannot read the hidden states {sample.path}: {err}", "Prepare the draft data again."
-        ) from None
-    expected = (len(sample.ids) - 1, aux + 1, hidden)
-    if tuple(states.shape) != expected:
-        raise BadInput(f"{sample.path} holds states of shape {tuple(states.shape)}, expected {expected}")
+            f"{sample.path} holds states of shape {tuple(states.shape)}, expected {len(sample.ids) - 1} "
+            f"tokens and {layers} layers",
+            _AGAIN,
+        )
     if tokens.tolist() != list(sample.ids[:-1]):
-        raise BadInput(f"{sample.path} holds the states of other tokens", "Prepare the draft data again.")
-    return states[:, :aux].flatten(1), states[:, aux]
+        raise BadInput(f"{sample.path} holds the states of other tokens", _AGAIN)
+    return states
 
 
 class StateCache:

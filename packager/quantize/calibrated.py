@@ -15,6 +15,7 @@ from pydantic import Field
 from packager.artifact import ArtifactWriter, Manifest, file_sha256, is_sealed, sealed_for
 from packager.bailing.config import BailingConfig
 from packager.checkpoint.header import DTYPE_BYTES, readable_bytes
+from packager.checkpoint.memory import available_memory
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, locate
 from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, plan_shards, write_index
 from packager.errors import BadInput, UsageProblem
@@ -104,16 +105,6 @@ def memory_needed(
     # Before a layer and after it; each sequence carries its rotary tables along.
     activations = tokens * (2 * 2 * hidden + 2 * 4 * config.rotary_dim)
     return MemoryNeeded(model_bytes, statistics, 0 if scheme not in NEEDS_DATA else activations)
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group where that has less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free
 
 
 def calibrate(

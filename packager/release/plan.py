@@ -7,6 +7,7 @@ network, no torch and no weights.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from packager.bailing.config import BailingConfig
 from packager.bailing.layout import QUANTIZABLE, model_of
 from packager.checkpoint.hub_name import is_commit
 from packager.checkpoint.source import read_json_object
+from packager.draft.states_file import bytes_per_token
 from packager.errors import BadInput
 from packager.recipe import Recipe, SchemeName
 from packager.release.workspace import packaged_checkpoint
@@ -47,7 +49,7 @@ class Sizes:
     fp8: int
     draft: int
     states: int
-    """Hidden states of the draft's training set at most: every response at its longest."""
+    """Hidden states of the draft's training set: every response at its longest, within the disk budget."""
     kv_token: int
     """KV cache of one token, BF16, the draft's layer included."""
     largest_weight: int
@@ -102,13 +104,15 @@ def sizes(config: BailingConfig, recipe: Recipe) -> Sizes:
     width = recipe.draft.intermediate_size or 4 * config.hidden_size
     widened = config.model_copy(update={"intermediate_size": width})
     tokens = recipe.draft.prompts * recipe.draft.max_response_tokens
+    layers = len(recipe.draft.aux_layers) + 1
+    token_states = bytes_per_token(layers, config.hidden_size, recipe.draft.states_dtype)
     return Sizes(
         parameters=bf16.parameters,
         active_parameters=bf16.active_parameters,
         source=bf16.weights,
         fp8=fp8.weights,
         draft=model_bytes(widened, precision, draft_vocab=recipe.draft.vocab_size).draft,
-        states=tokens * (len(recipe.draft.aux_layers) + 1) * config.hidden_size * 2,
+        states=min(tokens * token_states, recipe.draft.max_states_bytes or sys.maxsize),
         kv_token=fp8.kv_per_token,
         largest_weight=max(
             2 * want.count for want, _ in model_of(config).kinds() if want.role in QUANTIZABLE

@@ -317,10 +317,9 @@ def draft_prompts(recipe: Recipe) -> list[dict[str, Any]]:
     """
     spec = recipe.draft
     if spec.prompts_file is not None:
-        from packager.draft.prepare import read_prompts
+        from packager.draft.prompts import read_prompts_file
 
-        with Path(spec.prompts_file).open(encoding="utf-8") as lines:
-            return read_prompts(lines, spec.prompts_file)
+        return read_prompts_file(Path(spec.prompts_file))
     if not recipe.source.packaged:
         raise BadInput(
             "the recipe names no prompts for the draft", "Give draft.prompts_file: JSONL of chats."
