@@ -54,11 +54,9 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
     check_aux_layers(spec.aux_layers, target["num_hidden_layers"])
     hidden = target["hidden_size"]
     rope = rope_of(target)
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
-    if rope["rope_type"] == "default":
-        rope_scaling = None
-    else:
-        rope_scaling = {"type": rope["rope_type"], "rope_type": rope["rope_type"], **scaling}
+    scaled = rope["rope_type"] != "default"
+    if scaled:  # as the patch of the target's own config spells it: a test holds the two together
+        rope = {**rope, "type": rope["rope_type"]}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -78,7 +76,7 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "max_position_embeddings": target["max_position_embeddings"],
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": rope_scaling,
+        "rope_scaling": dict(rope) if scaled else None,
         "rope_parameters": rope,
         **{key: target[key] for key in TOKEN_IDS if target.get(key) is not None},
         "eagle_aux_hidden_state_layer_ids": list(spec.aux_layers),
