@@ -23,10 +23,13 @@ from click.testing import CliRunner
 
 import packager.nano
 from packager.cli.serve import command as serve
+from packager.context import extend
+from packager.draft.config import draft_config
 from packager.errors import BadInput, RemoteFailure, UsageProblem
+from packager.recipe import ContextSpec, DraftSpec
 from packager.serving import Server, ServeSpec, cpu, fp8_runs_here, vllm_command
 from packager.serving import server as server_module
-from packager.serving.serve_file import is_fp8, spec_for
+from packager.serving.serve_file import Context, context_for, is_fp8, spec_for
 from packager.serving.server import free_port, log_cause, parse_counters
 
 NANO = Path(packager.nano.__file__).parent / "checkpoint"
@@ -337,6 +340,93 @@ def test_an_unknown_profile_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem) as caught:
         spec_for(write_bundle(tmp_path / "bundle"), profile="8xh900")
     assert "2xh20, cpu" in caught.value.remedy
+
+
+CONTEXTS = {
+    "native": {"max_model_len": 512, "rotary": "trained"},
+    "extended": {"max_model_len": 2048, "rotary": "extended"},
+}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (None, Context("extended", 2048)),
+        ("extended", Context("extended", 2048)),
+        ("native", Context("native", 512, trained_rotary=True)),
+        ("512", Context("native", 512, trained_rotary=True)),
+        ("100", Context("native", 100, trained_rotary=True)),
+        ("513", Context("extended", 513)),
+    ],
+)
+def test_a_length_is_served_as_trained_wherever_that_reaches(
+    wanted: str | None, found: Context, tmp_path: Path
+) -> None:
+    bundle = write_bundle(tmp_path / "bundle", contexts=CONTEXTS, default_context="extended")
+    assert context_for(bundle, wanted) == found
+
+
+def test_without_context_profiles_a_length_is_only_a_limit(tmp_path: Path) -> None:
+    assert context_for(NANO, "100") == context_for(write_bundle(tmp_path / "b"), "100") == Context(None, 100)
+    assert context_for(NANO) == Context(None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "says"),
+    [
+        ({"contexts": CONTEXTS, "default_context": "extended"}, "2049", "reaches 2048 tokens"),
+        ({"contexts": CONTEXTS, "default_context": "extended"}, "long", "no context profile 'long'"),
+        ({"contexts": CONTEXTS, "default_context": "extended"}, "0", "no context profile '0'"),
+        ({}, "native", "no context profile 'native'"),
+        ({"contexts": CONTEXTS}, "native", "default_context None is none of"),
+        ({"contexts": {"a": {"max_model_len": 5, "rotary": "x"}}}, None, "contexts.a.rotary"),
+    ],
+)
+def test_a_length_that_the_bundle_does_not_have_is_refused(
+    changes: dict[str, Any], wanted: str | None, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises((UsageProblem, BadInput), match=says):
+        context_for(write_bundle(tmp_path / "bundle", **changes), wanted)
+
+
+def test_the_printed_command_of_the_trained_length_serves_links_to_the_same_weights(tmp_path: Path) -> None:
+    """Model and draft, unquantized so that nothing has to be dequantized; the bundle is left as it was."""
+    bundle = tmp_path / "bundle"
+    extend(NANO, bundle, ContextSpec(length=2048), recipe_digest="sha256:0")
+    write_bundle(bundle, contexts=CONTEXTS, default_context="extended")
+    (bundle / "draft").mkdir()
+    config = json.loads((bundle / "config.json").read_text())
+    spec = DraftSpec(vocab_size=64, aux_layers=(1, 2, 3), prompts=1, steps=1)
+    (bundle / "draft" / "config.json").write_text(json.dumps(draft_config(config, spec)))
+    (bundle / "draft" / "model.safetensors").write_bytes(b"weights")
+    before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
+
+    def printed(*arguments: str) -> list[str]:
+        done = CliRunner().invoke(
+            serve, [str(bundle), "--print-command", "--cache", str(tmp_path / "cache"), *arguments]
+        )
+        assert done.exit_code == 0, done.output
+        return shlex.split(done.stdout)
+
+    def value(command: list[str], option: str) -> str:
+        return command[command.index(option) + 1]
+
+    for _ in range(2):  # the second finds the links of the first
+        native = printed("--context", "native")
+        assert value(native, "--max-model-len") == "512"
+        model = Path(value(native, "--model") if "--model" in native else native[2])
+        draft = Path(json.loads(value(native, "--speculative-config"))["model"])
+        for file in ("config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (model / file).read_bytes() == (NANO / file).read_bytes()
+        assert (model / "model.safetensors").samefile(NANO / "model.safetensors")
+        assert {p.name for p in model.iterdir()} == {p.name for p in NANO.iterdir()}
+        assert (draft / "model.safetensors").samefile(bundle / "draft" / "model.safetensors")
+        trained = json.loads((NANO / "config.json").read_text())
+        assert json.loads((draft / "config.json").read_text()) == draft_config(trained, spec)
+    extended = printed()
+    assert value(extended, "--max-model-len") == "2048"
+    assert str(bundle) in extended
+    assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before
 
 
 def test_print_command_starts_nothing() -> None:

@@ -66,8 +66,21 @@ def _profile(
     return Profile(name, device, tensor_parallel, tuple(command))
 
 
-def serve_yaml(recipe: Recipe, *, draft: bool) -> str:
-    """The text of `serve.yaml`."""
+def contexts(recipe: Recipe, trained_length: int | None) -> dict[str, dict[str, Any]]:
+    """The context profiles; empty where the trained length is not known. The last is the default.
+
+    Static YaRN changes short contexts too, so those are also served as trained, from the same weights.
+    """
+    if trained_length is None:
+        return {}
+    return {
+        "native": {"max_model_len": trained_length, "rotary": "trained"},
+        "extended": {"max_model_len": recipe.context.length, "rotary": "extended"},
+    }
+
+
+def serve_yaml(recipe: Recipe, *, draft: bool, trained_length: int | None = None) -> str:
+    """The text of `serve.yaml`. `trained_length` in tokens, as the context stage found it."""
     made = profiles(recipe, draft=draft)
     document: dict[str, Any] = {
         "schema_version": 1,
@@ -80,6 +93,7 @@ def serve_yaml(recipe: Recipe, *, draft: bool) -> str:
         "draft": "draft" if draft else None,
         "num_speculative_tokens": recipe.draft.num_speculative_tokens if draft else None,
         "max_model_len": recipe.context.length,
+        **_contexts_section(recipe, trained_length),
         "default_profile": made[0].name,
         "profiles": {
             profile.name: {
@@ -91,3 +105,8 @@ def serve_yaml(recipe: Recipe, *, draft: bool) -> str:
         },
     }
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _contexts_section(recipe: Recipe, trained_length: int | None) -> dict[str, Any]:
+    found = contexts(recipe, trained_length)
+    return {"contexts": found, "default_context": list(found)[-1]} if found else {}
