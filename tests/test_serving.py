@@ -11,8 +11,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -445,12 +447,13 @@ def test_serving_nothing_is_bad_input(tmp_path: Path) -> None:
 
 
 def ask(url: str, model: str, question: str) -> dict[str, Any]:
-    """One greedy chat completion."""
+    """One greedy chat completion with log-probabilities."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
         "max_tokens": 24,
+        "logprobs": True,
     }
     request = urllib.request.Request(
         f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -460,46 +463,80 @@ def ask(url: str, model: str, question: str) -> dict[str, Any]:
         return answer
 
 
+def logprobs(answer: dict[str, Any]) -> list[tuple[str, float]]:
+    """Token and log-probability of each token of an answer."""
+    return [(token["token"], token["logprob"]) for token in answer["choices"][0]["logprobs"]["content"]]
+
+
+@contextmanager
+def served(directory: Path, cache: Path, *options: str) -> Iterator[dict[str, Any]]:
+    """What `packager serve` announces, while it serves; then a clean end, and nothing left behind."""
+    command = [
+        *PACKAGER,
+        "serve",
+        str(directory),
+        "--port",
+        str(free_port()),
+        "--json",
+        "--cache",
+        str(cache),
+    ]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield json.loads(line)
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert errors.rstrip().endswith("stopping")
+    native = fp8_runs_here()[0]
+    assert not native or "AMX" not in errors
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left
+
+
 @pytest.mark.engine
-def test_an_fp8_bundle_is_served_until_interrupted(tmp_path: Path) -> None:
-    """FP8 weights, native or dequantized as the processor asks; a clean end, and nothing left behind."""
+@pytest.mark.slow
+def test_an_fp8_bundle_is_served_at_both_lengths_until_interrupted(tmp_path: Path) -> None:
+    """As trained it answers like the checkpoint that was never extended; extended it reads on behind that.
+
+    FP8 weights, native or dequantized as the processor asks, and dequantized once for both.
+    """
     from packager.quantize import quantize
     from packager.recipe import QuantizeSpec
 
-    bundle = write_bundle(tmp_path / "bundle", draft=None)
-    (bundle / "serve.yaml").rename(tmp_path / "serve.yaml")
-    quantize(NANO, bundle, QuantizeSpec(), recipe_digest="sha256:test", progress=lambda _: None)
-    assert is_fp8(bundle)
+    plain, bundle, cache = tmp_path / "fp8", tmp_path / "bundle", tmp_path / "cache"
+    quantize(NANO, plain, QuantizeSpec(), recipe_digest="sha256:test", progress=lambda _: None)
+    extend(plain, bundle, ContextSpec(length=2048), recipe_digest="sha256:test")
     (bundle / "manifest.json").unlink()  # as a bundle, whose own seal covers more than a checkpoint
-    (tmp_path / "serve.yaml").rename(bundle / "serve.yaml")
+    write_bundle(bundle, draft=None, contexts=CONTEXTS, default_context="extended")
     (bundle / "README.md").write_text("# A card\n")
-
-    port = free_port()
-    process = subprocess.Popen(
-        [*PACKAGER, "serve", str(bundle), "--port", str(port), "--json", "--cache", str(tmp_path / "cache")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, process.communicate()[1]
-    found = json.loads(line)
-    family = psutil.Process(process.pid).children(recursive=True)
+    assert is_fp8(bundle)
     native = fp8_runs_here()[0]
-    assert found["weights_served"] == ("native" if native else "dequantized")
-    assert (tmp_path / "cache" / "dequantized").exists() is not native
-    answer = ask(found["url"], "nano", "Hello")
-    assert answer["usage"]["completion_tokens"] > 0
+    question = "Weight 57 kg. Order: amoxicillin 25 mg/kg. What is the dose?"
 
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert errors.rstrip().endswith("stopping")
-    assert not native or "AMX" not in errors
-    assert native or "this CPU has no AMX" in errors
-    _, left = psutil.wait_procs(family, timeout=10)
-    assert not left
+    with served(bundle, cache, "--context", "native") as found:
+        assert found["weights_served"] == ("native" if native else "dequantized")
+        assert (found["context"], found["max_model_len"]) == ("native", 512)
+        assert (cache / "dequantized").exists() is not native
+        trained = logprobs(ask(found["url"], "nano", question))
+        with pytest.raises(urllib.error.HTTPError):
+            ask(found["url"], "nano", "word " * 600)
+    with served(bundle, cache) as found:
+        assert (found["context"], found["max_model_len"]) == ("extended", 2048)
+        extended = logprobs(ask(found["url"], "nano", question))
+        assert ask(found["url"], "nano", "word " * 600)["usage"]["prompt_tokens"] > 600
+    assert native or len(list((cache / "dequantized").iterdir())) == 1
+    with served(plain, cache) as found:
+        assert logprobs(ask(found["url"], found["model"], question)) == trained
+    assert len(trained) > 10
+    assert extended != trained, "YaRN changes short contexts too"
 
 
 @pytest.mark.engine
