@@ -66,19 +66,6 @@ def _profile(
     return Profile(name, device, tensor_parallel, tuple(command))
 
 
-def contexts(recipe: Recipe, trained_length: int | None) -> dict[str, dict[str, Any]]:
-    """The context profiles; empty where the trained length is not known. The last is the default.
-
-    Static YaRN changes short contexts too, so those are also served as trained, from the same weights.
-    """
-    if trained_length is None:
-        return {}
-    return {
-        "native": {"max_model_len": trained_length, "rotary": "trained"},
-        "extended": {"max_model_len": recipe.context.length, "rotary": "extended"},
-    }
-
-
 def serve_yaml(recipe: Recipe, *, draft: bool, trained_length: int | None = None) -> str:
     """The text of `serve.yaml`. `trained_length` in tokens, as the context stage found it."""
     made = profiles(recipe, draft=draft)
@@ -108,5 +95,16 @@ def serve_yaml(recipe: Recipe, *, draft: bool, trained_length: int | None = None
 
 
 def _contexts_section(recipe: Recipe, trained_length: int | None) -> dict[str, Any]:
-    found = contexts(recipe, trained_length)
-    return {"contexts": found, "default_context": list(found)[-1]} if found else {}
+    """The context profiles; none where the trained length is not known.
+
+    Static YaRN changes short contexts too, so those can be served as trained, from the same weights.
+    """
+    if trained_length is None:
+        return {}
+    return {
+        "contexts": {
+            "native": {"max_model_len": trained_length, "rotary": "trained"},
+            "extended": {"max_model_len": recipe.context.length, "rotary": "extended"},
+        },
+        "default_context": "extended",
+    }
