@@ -11,8 +11,9 @@ Three questions, answered on the quantized nano (trained to 512 tokens, served t
 - What is read in long records without the patch and with it, and what does it cost short questions?
 - How much faster does the draft decode at each length, one request at a time?
 
-About ten minutes on two cores; nothing else may run meanwhile. With several seeds the drafts are trained anew
-for each and acceptance lengths are given as mean and range.
+A quarter of an hour on two cores; nothing else may run meanwhile. With several seeds the drafts are trained
+anew for each and acceptance lengths are given as mean and range. What the figures decided stands where the
+draft's target is chosen, in packager/release/stages.py.
 """
 
 from __future__ import annotations
