@@ -45,13 +45,13 @@ def trained_view(source: Path, out: Path) -> Path:
             part.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             part.replace(out / name)
     for file in out.iterdir():
-        if file.name not in wanted:
+        if file.name not in wanted and not file.name.startswith("."):  # a dot: of a process that makes it now
             file.unlink(missing_ok=True)
     return out
 
 
 def _part(out: Path, name: str) -> Path:
-    """Where a file is made before it takes its name; what a killed process left there is gone."""
+    """Where a file is made before it takes its name."""
     part = out / f".{name}.{os.getpid()}"
     part.unlink(missing_ok=True)
     return part
