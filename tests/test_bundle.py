@@ -327,6 +327,19 @@ def test_the_card_serves_by_the_commands_of_serve_yaml(released: Path) -> None:
         assert speculative == {"method": "eagle3", "model": "draft", "num_speculative_tokens": 3}
 
 
+def test_the_bundle_is_served_at_its_trained_length_too_and_the_card_says_how(released: Path) -> None:
+    from packager.serving.serve_file import context_for
+
+    settings = yaml.safe_load((released / "serve.yaml").read_text())
+    assert settings["default_context"] == "extended"
+    assert settings["max_model_len"] == settings["contexts"]["extended"]["max_model_len"] == 2048
+    native = context_for(released, "native")
+    assert (native.max_model_len, native.trained_rotary) == (512, True)
+    text = (released / "README.md").read_text()
+    assert "| Context | 2048 tokens (yarn); 512 as trained |" in text
+    assert "packager serve . --context native" in text
+
+
 def test_gates_and_override_are_shown_on_the_card(tmp_path: Path) -> None:
     gates = (at_least("acceptance length", 1.1, 2.5), at_least("speed", None, 200.0))
     stages = make_stages(tmp_path / "stages", gates=gates)

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,13 @@ from click.testing import CliRunner
 
 import packager.nano
 from packager.cli.serve import command as serve
+from packager.context import extend
+from packager.draft.config import draft_config
 from packager.errors import BadInput, RemoteFailure, UsageProblem
+from packager.recipe import ContextSpec, DraftSpec
 from packager.serving import Server, ServeSpec, cpu, fp8_runs_here, vllm_command
 from packager.serving import server as server_module
-from packager.serving.serve_file import is_fp8, spec_for
+from packager.serving.serve_file import Context, context_for, is_fp8, spec_for
 from packager.serving.server import free_port, log_cause, parse_counters
 
 NANO = Path(packager.nano.__file__).parent / "checkpoint"
@@ -339,6 +344,93 @@ def test_an_unknown_profile_lists_the_known(tmp_path: Path) -> None:
     assert "2xh20, cpu" in caught.value.remedy
 
 
+CONTEXTS = {
+    "native": {"max_model_len": 512, "rotary": "trained"},
+    "extended": {"max_model_len": 2048, "rotary": "extended"},
+}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (None, Context("extended", 2048)),
+        ("extended", Context("extended", 2048)),
+        ("native", Context("native", 512, trained_rotary=True)),
+        ("512", Context("native", 512, trained_rotary=True)),
+        ("100", Context("native", 100, trained_rotary=True)),
+        ("513", Context("extended", 513)),
+    ],
+)
+def test_a_length_is_served_as_trained_wherever_that_reaches(
+    wanted: str | None, found: Context, tmp_path: Path
+) -> None:
+    bundle = write_bundle(tmp_path / "bundle", contexts=CONTEXTS, default_context="extended")
+    assert context_for(bundle, wanted) == found
+
+
+def test_without_context_profiles_a_length_is_only_a_limit(tmp_path: Path) -> None:
+    assert context_for(NANO, "100") == context_for(write_bundle(tmp_path / "b"), "100") == Context(None, 100)
+    assert context_for(NANO) == Context(None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "says"),
+    [
+        ({"contexts": CONTEXTS, "default_context": "extended"}, "2049", "reaches 2048 tokens"),
+        ({"contexts": CONTEXTS, "default_context": "extended"}, "long", "no context profile 'long'"),
+        ({"contexts": CONTEXTS, "default_context": "extended"}, "0", "no context profile '0'"),
+        ({}, "native", "no context profile 'native'"),
+        ({"contexts": CONTEXTS}, "native", "default_context None is none of"),
+        ({"contexts": {"a": {"max_model_len": 5, "rotary": "x"}}}, None, "contexts.a.rotary"),
+    ],
+)
+def test_a_length_that_the_bundle_does_not_have_is_refused(
+    changes: dict[str, Any], wanted: str | None, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises((UsageProblem, BadInput), match=says):
+        context_for(write_bundle(tmp_path / "bundle", **changes), wanted)
+
+
+def test_the_printed_command_of_the_trained_length_serves_links_to_the_same_weights(tmp_path: Path) -> None:
+    """Model and draft, unquantized so that nothing has to be dequantized; the bundle is left as it was."""
+    bundle = tmp_path / "bundle"
+    extend(NANO, bundle, ContextSpec(length=2048), recipe_digest="sha256:0")
+    write_bundle(bundle, contexts=CONTEXTS, default_context="extended")
+    (bundle / "draft").mkdir()
+    config = json.loads((bundle / "config.json").read_text())
+    spec = DraftSpec(vocab_size=64, aux_layers=(1, 2, 3), prompts=1, steps=1)
+    (bundle / "draft" / "config.json").write_text(json.dumps(draft_config(config, spec)))
+    (bundle / "draft" / "model.safetensors").write_bytes(b"weights")
+    before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
+
+    def printed(*arguments: str) -> list[str]:
+        done = CliRunner().invoke(
+            serve, [str(bundle), "--print-command", "--cache", str(tmp_path / "cache"), *arguments]
+        )
+        assert done.exit_code == 0, done.output
+        return shlex.split(done.stdout)
+
+    def value(command: list[str], option: str) -> str:
+        return command[command.index(option) + 1]
+
+    for _ in range(2):  # the second finds the links of the first
+        native = printed("--context", "native")
+        assert value(native, "--max-model-len") == "512"
+        model = Path(value(native, "--model") if "--model" in native else native[2])
+        draft = Path(json.loads(value(native, "--speculative-config"))["model"])
+        for file in ("config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (model / file).read_bytes() == (NANO / file).read_bytes()
+        assert (model / "model.safetensors").samefile(NANO / "model.safetensors")
+        assert {p.name for p in model.iterdir()} == {p.name for p in NANO.iterdir()}
+        assert (draft / "model.safetensors").samefile(bundle / "draft" / "model.safetensors")
+        trained = json.loads((NANO / "config.json").read_text())
+        assert json.loads((draft / "config.json").read_text()) == draft_config(trained, spec)
+    extended = printed()
+    assert value(extended, "--max-model-len") == "2048"
+    assert str(bundle) in extended
+    assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before
+
+
 def test_print_command_starts_nothing() -> None:
     done = CliRunner().invoke(serve, [str(NANO), "--port", "9999", "--print-command"])
     assert done.exit_code == 0, done.output
@@ -355,12 +447,13 @@ def test_serving_nothing_is_bad_input(tmp_path: Path) -> None:
 
 
 def ask(url: str, model: str, question: str) -> dict[str, Any]:
-    """One greedy chat completion."""
+    """One greedy chat completion with log-probabilities."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
         "max_tokens": 24,
+        "logprobs": True,
     }
     request = urllib.request.Request(
         f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -370,46 +463,80 @@ def ask(url: str, model: str, question: str) -> dict[str, Any]:
         return answer
 
 
+def logprobs(answer: dict[str, Any]) -> list[tuple[str, float]]:
+    """Token and log-probability of each token of an answer."""
+    return [(token["token"], token["logprob"]) for token in answer["choices"][0]["logprobs"]["content"]]
+
+
+@contextmanager
+def served(directory: Path, cache: Path, *options: str) -> Iterator[dict[str, Any]]:
+    """What `packager serve` announces, while it serves; then a clean end, and nothing left behind."""
+    command = [
+        *PACKAGER,
+        "serve",
+        str(directory),
+        "--port",
+        str(free_port()),
+        "--json",
+        "--cache",
+        str(cache),
+    ]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield json.loads(line)
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert errors.rstrip().endswith("stopping")
+    native = fp8_runs_here()[0]
+    assert not native or "AMX" not in errors
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left
+
+
 @pytest.mark.engine
-def test_an_fp8_bundle_is_served_until_interrupted(tmp_path: Path) -> None:
-    """FP8 weights, native or dequantized as the processor asks; a clean end, and nothing left behind."""
+@pytest.mark.slow
+def test_an_fp8_bundle_is_served_at_both_lengths_until_interrupted(tmp_path: Path) -> None:
+    """As trained it answers like the checkpoint that was never extended; extended it reads on behind that.
+
+    FP8 weights, native or dequantized as the processor asks, and dequantized once for both.
+    """
     from packager.quantize import quantize
     from packager.recipe import QuantizeSpec
 
-    bundle = write_bundle(tmp_path / "bundle", draft=None)
-    (bundle / "serve.yaml").rename(tmp_path / "serve.yaml")
-    quantize(NANO, bundle, QuantizeSpec(), recipe_digest="sha256:test", progress=lambda _: None)
-    assert is_fp8(bundle)
+    plain, bundle, cache = tmp_path / "fp8", tmp_path / "bundle", tmp_path / "cache"
+    quantize(NANO, plain, QuantizeSpec(), recipe_digest="sha256:test", progress=lambda _: None)
+    extend(plain, bundle, ContextSpec(length=2048), recipe_digest="sha256:test")
     (bundle / "manifest.json").unlink()  # as a bundle, whose own seal covers more than a checkpoint
-    (tmp_path / "serve.yaml").rename(bundle / "serve.yaml")
+    write_bundle(bundle, draft=None, contexts=CONTEXTS, default_context="extended")
     (bundle / "README.md").write_text("# A card\n")
-
-    port = free_port()
-    process = subprocess.Popen(
-        [*PACKAGER, "serve", str(bundle), "--port", str(port), "--json", "--cache", str(tmp_path / "cache")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, process.communicate()[1]
-    found = json.loads(line)
-    family = psutil.Process(process.pid).children(recursive=True)
+    assert is_fp8(bundle)
     native = fp8_runs_here()[0]
-    assert found["weights_served"] == ("native" if native else "dequantized")
-    assert (tmp_path / "cache" / "dequantized").exists() is not native
-    answer = ask(found["url"], "nano", "Hello")
-    assert answer["usage"]["completion_tokens"] > 0
+    question = "Weight 57 kg. Order: amoxicillin 25 mg/kg. What is the dose?"
 
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert errors.rstrip().endswith("stopping")
-    assert not native or "AMX" not in errors
-    assert native or "this CPU has no AMX" in errors
-    _, left = psutil.wait_procs(family, timeout=10)
-    assert not left
+    with served(bundle, cache, "--context", "native") as found:
+        assert found["weights_served"] == ("native" if native else "dequantized")
+        assert (found["context"], found["max_model_len"]) == ("native", 512)
+        assert (cache / "dequantized").exists() is not native
+        trained = logprobs(ask(found["url"], "nano", question))
+        with pytest.raises(urllib.error.HTTPError):
+            ask(found["url"], "nano", "word " * 600)
+    with served(bundle, cache) as found:
+        assert (found["context"], found["max_model_len"]) == ("extended", 2048)
+        extended = logprobs(ask(found["url"], "nano", question))
+        assert ask(found["url"], "nano", "word " * 600)["usage"]["prompt_tokens"] > 600
+    assert native or len(list((cache / "dequantized").iterdir())) == 1
+    with served(plain, cache) as found:
+        assert logprobs(ask(found["url"], found["model"], question)) == trained
+    assert len(trained) > 10
+    assert extended != trained, "YaRN changes short contexts too"
 
 
 @pytest.mark.engine

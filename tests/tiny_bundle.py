@@ -97,7 +97,7 @@ def make_stages(root: Path, *, seed: int = 0, gates: tuple[Gate, ...] = PASSED, 
             if entry.path not in ("config.json", LEDGER_NAME, PLOT_NAME):
                 w.link(entry.path, fp8 / entry.path, entry.sha256)
         w.write_json("config.json", {"architectures": ["BailingMoeV2ForCausalLM"], "rope_scaling": {}})
-        extended = w.seal({})
+        extended = w.seal({"original_length": 512, "length": 2048})
     draft = root / "draft"
     with ArtifactWriter(
         draft, stage="draft", recipe_digest="sha256:r", inputs={"target": extended.digest}

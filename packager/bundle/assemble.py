@@ -111,7 +111,9 @@ def _assemble(
         if writer.done("config.json") is None:
             raise BadInput(f"{folders['context']} has no config.json: it is not a checkpoint")
         writer.write_text(LOCK_NAME, lock.dumps())
-        writer.write_text("serve.yaml", serve_yaml(recipe, draft=has_draft))
+        writer.write_text(
+            "serve.yaml", serve_yaml(recipe, draft=has_draft, trained_length=lock.trained_length)
+        )
         writer.write_text("LICENSE-NOTE.md", license_note(recipe))
         card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)
         writer.write_text("README.md", card)

@@ -58,6 +58,7 @@ def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signe
         signer=signer,
         weights=f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB",
         profiles=profiles(recipe, draft=draft),
+        trained_length=lock.trained_length,
         served_name=served_name(recipe),
         address=f"http://{HOST}:{PORT}",
         reports=sorted(p.name for p in evidence.glob("report.*")),

@@ -88,6 +88,12 @@ class Lock(_Document):
                     if names is None or entry.path in names:
                         yield prefix + entry.path, stage, entry
 
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens that the model was trained to, as the context stage found it."""
+        found = self.stages["context"].manifest.metrics.get("original_length")
+        return int(found) if found else None
+
     def dumps(self) -> str:
         """The file's text."""
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, sort_keys=True) + "\n"

@@ -66,8 +66,8 @@ def _profile(
     return Profile(name, device, tensor_parallel, tuple(command))
 
 
-def serve_yaml(recipe: Recipe, *, draft: bool) -> str:
-    """The text of `serve.yaml`."""
+def serve_yaml(recipe: Recipe, *, draft: bool, trained_length: int | None = None) -> str:
+    """The text of `serve.yaml`. `trained_length` in tokens, as the context stage found it."""
     made = profiles(recipe, draft=draft)
     document: dict[str, Any] = {
         "schema_version": 1,
@@ -80,6 +80,7 @@ def serve_yaml(recipe: Recipe, *, draft: bool) -> str:
         "draft": "draft" if draft else None,
         "num_speculative_tokens": recipe.draft.num_speculative_tokens if draft else None,
         "max_model_len": recipe.context.length,
+        **_contexts_section(recipe, trained_length),
         "default_profile": made[0].name,
         "profiles": {
             profile.name: {
@@ -91,3 +92,19 @@ def serve_yaml(recipe: Recipe, *, draft: bool) -> str:
         },
     }
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _contexts_section(recipe: Recipe, trained_length: int | None) -> dict[str, Any]:
+    """The context profiles; none where the trained length is not known.
+
+    Static YaRN changes short contexts too, so those can be served as trained, from the same weights.
+    """
+    if trained_length is None:
+        return {}
+    return {
+        "contexts": {
+            "native": {"max_model_len": trained_length, "rotary": "trained"},
+            "extended": {"max_model_len": recipe.context.length, "rotary": "extended"},
+        },
+        "default_context": "extended",
+    }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import click
 
 from packager.cli import options
 from packager.cli.output import print_sealed_json
+from packager.errors import UsageProblem
+
+_UNDO = "sha256:" + hashlib.sha256(b"undo").hexdigest()
+"""In place of a recipe's digest: undoing has no settings."""
 
 
 @click.command(name="extend-context")
@@ -16,22 +21,34 @@ from packager.cli.output import print_sealed_json
 @click.option(
     "--length",
     type=click.IntRange(min=1),
-    required=True,
     help="Tokens to serve; a multiple of the trained length.",
 )
+@click.option("--undo", "undoing", is_flag=True, help="The other way: configure OUT for the trained length.")
 @options.as_json
-def command(source: str, out: Path, length: int, as_json: bool) -> None:
+def command(source: str, out: Path, length: int | None, undoing: bool, as_json: bool) -> None:
     """Write the checkpoint SOURCE into the new folder OUT, configured for LENGTH tokens.
 
-    The weights are linked, not copied; config.json and tokenizer_config.json are rewritten. SOURCE may be
+    SOURCE is a model or its EAGLE3 draft. The weights are linked, not copied; config.json and
+    tokenizer_config.json are rewritten, and --undo gives them back as they were. SOURCE may be
     hf://org/name@revision: its weights are then streamed into OUT.
     """
     from packager.cli.source import opened
-    from packager.context import extend
+    from packager.context import extend, undo
     from packager.recipe import ContextSpec
 
-    spec = ContextSpec(length=length)
+    if undoing == (length is not None):
+        raise UsageProblem("give either --length or --undo", "`--length 131072` extends, `--undo` reverts.")
     folder = opened(source)
+    if length is None:
+        manifest = undo(folder, out, recipe_digest=_UNDO)
+        if as_json:
+            print_sealed_json(out, manifest, source=folder.name)
+            return
+        found = manifest.metrics
+        lengths = f"{found['extended_length']:,} -> {found['length']:,} tokens"
+        click.echo(f"{lengths}: as trained\n{out}  {manifest.digest}")
+        return
+    spec = ContextSpec(length=length)
     manifest = extend(folder, out, spec, recipe_digest=spec.digest)
     if as_json:
         print_sealed_json(out, manifest, source=folder.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -20,6 +21,8 @@ import click
 from packager.cli import options
 
 if TYPE_CHECKING:
+    from packager.serving import ServeSpec
+    from packager.serving.serve_file import Context
     from packager.serving.server import Server
 
 
@@ -29,7 +32,12 @@ if TYPE_CHECKING:
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--profile", help="A profile of the bundle. Default: the one for this machine.")
 @click.option("--draft/--no-draft", "with_draft", default=True, help="Decode with the bundle's EAGLE3 draft.")
-@click.option("--context", type=click.IntRange(min=1), help="Serve fewer tokens than the bundle allows.")
+@click.option(
+    "--context",
+    metavar="NAME|TOKENS",
+    help="native (as trained), extended, or a number of tokens, served as trained where that reaches. "
+    "Default: the bundle's.",
+)
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
@@ -47,7 +55,7 @@ def command(
     port: int,
     profile: str | None,
     with_draft: bool,
-    context: int | None,
+    context: str | None,
     cache: Path | None,
     log: Path | None,
     startup_timeout: float,
@@ -63,13 +71,14 @@ def command(
     from packager.checkpoint.source import locate
     from packager.serving.cpu import fp8_runs_here
     from packager.serving.engine import vllm_command
-    from packager.serving.serve_file import is_fp8, spec_for
+    from packager.serving.serve_file import context_for, is_fp8, spec_for
     from packager.serving.server import Server, claim_port
 
     directory = locate(bundle).resolve()
     spec = spec_for(directory, profile=profile, with_draft=with_draft)
-    if context is not None:
-        spec = replace(spec, max_model_len=context)
+    length = context_for(directory, context)
+    if length.max_model_len is not None:
+        spec = replace(spec, max_model_len=length.max_model_len)
     spec.check()
     cache = (cache or _cache_directory()).resolve()
     runs, reason = fp8_runs_here()
@@ -77,11 +86,14 @@ def command(
     stored = spec.model
     if dequantized:
         spec = replace(spec, model=_dequantized_path(cache, stored))
+    view = _trained_view_path(cache, stored, spec) if length.trained_rotary else None
     if print_command:
+        if view is not None:
+            spec = _as_trained(spec, view, make=not dequantized or is_sealed(spec.model))
         arguments = vllm_command(spec, host=host, port=port)
         document = {"kind": "serve command", "command": arguments}
         click.echo(json.dumps(document, indent=2) if as_json else shlex.join(arguments))
-        if dequantized and not is_sealed(spec.model):
+        if dequantized and not is_sealed(_dequantized_path(cache, stored)):
             click.echo(
                 f"{reason}; without --print-command the weights are dequantized to that folder", err=True
             )
@@ -90,11 +102,13 @@ def command(
     if dequantized and not is_sealed(spec.model):
         click.echo(f"{reason}; dequantizing to BF16 in {spec.model}", err=True)
         _dequantize(stored, spec.model)
+    if view is not None:
+        spec = _as_trained(spec, view)
     server = Server(spec, log or cache / "serve.log", port=port, host=host, startup_timeout_s=startup_timeout)
     click.echo(f"starting vLLM (log: {server.log})", err=True)
     with _signals_interrupt(), server:
         try:
-            _announce(server, "dequantized" if dequantized else "native", as_json)
+            _announce(server, "dequantized" if dequantized else "native", length, as_json)
             code = server.wait()
         except KeyboardInterrupt:
             click.echo("stopping", err=True)
@@ -115,6 +129,25 @@ def _dequantized_path(cache: Path, model: Path) -> Path:
     return cache / "dequantized" / digest.removeprefix("sha256:")[:24]
 
 
+def _trained_view_path(cache: Path, stored: Path, spec: ServeSpec) -> Path:
+    """A folder of the cache for this bundle at its trained length: named for where it is and what it says."""
+    parts = [str(stored), str(spec.model), (stored / "config.json").read_text(encoding="utf-8")]
+    if spec.draft is not None:
+        parts.append((spec.draft / "config.json").read_text(encoding="utf-8"))
+    return cache / "trained" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _as_trained(spec: ServeSpec, view: Path, *, make: bool = True) -> ServeSpec:
+    """`spec` with model and draft at their trained length, by links in `view`; `make` False: only named."""
+    from packager.context import trained_view
+
+    draft = None
+    if spec.draft is not None:
+        draft = trained_view(spec.draft, view / "draft") if make else view / "draft"
+    model = trained_view(spec.model, view / "model") if make else view / "model"
+    return replace(spec, model=model, draft=draft)
+
+
 def _dequantize(model: Path, out: Path) -> None:
     """Dequantize through a folder of links: a bundle holds more than the checkpoint that is converted."""
     from packager.artifact import MANIFEST_NAME
@@ -129,7 +162,7 @@ def _dequantize(model: Path, out: Path) -> None:
         dequantize(Path(view), out)
 
 
-def _announce(server: Server, weights: str, as_json: bool) -> None:
+def _announce(server: Server, weights: str, length: Context, as_json: bool) -> None:
     spec = server.spec
     if as_json:
         document = {
@@ -138,6 +171,8 @@ def _announce(server: Server, weights: str, as_json: bool) -> None:
             "model": spec.served_name,
             "weights_served": weights,
             "draft": spec.draft is not None,
+            "context": length.name,
+            "max_model_len": length.max_model_len or spec.max_model_len,
             "startup_s": round(server.startup_s or 0.0, 2),
             "log": str(server.log),
         }
@@ -148,7 +183,10 @@ def _announce(server: Server, weights: str, as_json: bool) -> None:
         "messages": [{"role": "user", "content": "Hello"}],
         "temperature": 0,
     }
-    click.echo(f"serving {spec.served_name} at {server.url}/v1 (weights {weights}); interrupt to stop\n")
+    context = f", context {length.name} ({length.max_model_len} tokens)" if length.name else ""
+    click.echo(
+        f"serving {spec.served_name} at {server.url}/v1 (weights {weights}{context}); interrupt to stop\n"
+    )
     click.echo(f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' \\")
     click.echo(f"    -d {shlex.quote(json.dumps(question))}\n")
     sys.stdout.flush()

@@ -4,6 +4,9 @@ The patch writes what every reader looks for: transformers 5 takes `rope_paramet
 there, ignores `rope_scaling`; older ones and SGLang take `rope_scaling`; `type` is the older spelling of
 `rope_type`, and engines refuse a pair that disagrees. vLLM no longer derives the scaled length: it has to be
 in `max_position_embeddings`, and exactly, since positions beyond the rotary table go wrong without an error.
+
+The patch also records what it replaced, under `extended_from`, which engines pass over: so the trained config
+comes back to the last byte, and one set of weights serves both lengths.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ if TYPE_CHECKING:
 BETA_FAST, BETA_SLOW = 32, 1
 """Rotations over the trained length above which a dimension is left alone, below which it is interpolated."""
 
-_HARMLESS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+RECORD = "extended_from"
+"""Top-level key: {"config": {key: value before}, "tokenizer_config": {…}}; an absent key was not there."""
+
+_PATCHED = ("max_position_embeddings", "rope_scaling", "rope_parameters")
+_TYPES = ("rope_type", "type")
+_AT_TOP = ("rope_theta", "partial_rotary_factor")
+_HARMLESS = frozenset({*_TYPES, *_AT_TOP})
+_UNSCALED = (None, "default")
 
 
 def yarn_patch(config: dict[str, Any], length: int) -> dict[str, Any]:
@@ -35,8 +45,10 @@ def yarn_patch(config: dict[str, Any], length: int) -> dict[str, Any]:
         BadInput: a length that is no larger multiple, a config that is scaled already, or rotary settings
             that are missing or contradict each other.
     """
+    if RECORD in config:
+        raise BadInput(f"config.json has been extended before: it has {RECORD}", _TRAINED)
     for name in ("rope_scaling", "rope_parameters"):
-        _refuse_scaled(config.get(name), name)
+        _refuse_scaled(config, name)
     original = config.get("max_position_embeddings")
     if type(original) is not int or original <= 0:
         raise BadInput("config.json has no max_position_embeddings: the trained length is unknown")
@@ -66,20 +78,98 @@ def yarn_patch(config: dict[str, Any], length: int) -> dict[str, Any]:
         "max_position_embeddings": length,
         "rope_scaling": rope,
         "rope_parameters": dict(rope),
+        RECORD: {"config": {name: config[name] for name in _PATCHED if name in config}},
     }
 
 
-def _refuse_scaled(rope: Any, name: str) -> None:
-    if rope is None:
-        return
+def undo_patch(config: dict[str, Any]) -> dict[str, Any]:
+    """The trained-length config that a YaRN config came from, keys in their former order.
+
+    Where `yarn_patch` made it, what it replaced comes back as it was. A YaRN config by others carries no
+    record: it gets the same trained length, theta and rotary share, and no scaling.
+
+    Raises:
+        BadInput: the config is not YaRN's, does not say its trained length, or contradicts itself.
+    """
+    rope = yarn_settings(config)
+    original = rope["original_max_position_embeddings"]
+    record = config.get(RECORD)
+    if record is None:
+        trained = {
+            name: value for name, value in rope.items() if name in ("rope_theta", "partial_rotary_factor")
+        }
+        unscaled = {"max_position_embeddings": original, "rope_scaling": None}
+        if "rope_parameters" in config:
+            unscaled["rope_parameters"] = {**trained, "rope_type": "default"}
+        # Whoever reads the top level alone must not fall back to its own default.
+        return {**config, **unscaled, **trained}
+    before = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(before, dict) or before.get("max_position_embeddings") != original:
+        raise BadInput(
+            f"{RECORD} in config.json is not what was replaced at {original} tokens: it was altered"
+        )
+    kept = {name: value for name, value in config.items() if name != RECORD}
+    return {
+        name: before.get(name, value)
+        for name, value in kept.items()
+        if name in before or name not in _PATCHED
+    }
+
+
+def yarn_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The YaRN parameters of a config, in which every reader must find the same ones.
+
+    Raises:
+        BadInput: no YaRN, `type` and `rope_type` or `rope_scaling` and `rope_parameters` that disagree, or a
+            trained length that is missing: engines then take the extended one for it.
+    """
+    found = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
+    kinds = {name: _type_of(rope, name) for name, rope in found.items()}
+    if not found or set(kinds.values()) <= set(_UNSCALED):
+        raise BadInput("config.json has no YaRN to undo: it is at its trained length")
+    if len(set(kinds.values())) > 1:
+        said = " and ".join(f"{name} is {kind!r}" for name, kind in kinds.items())
+        raise BadInput(f"config.json contradicts itself: {said}", _WINS)
+    if "yarn" not in kinds.values():
+        raise BadInput(f"config.json is scaled by {kinds.popitem()[1]!r}, not by YaRN")
+    settings: dict[str, Any] = {}
+    for key in ("factor", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor"):
+        places = [*found.values(), *([config] if key in _AT_TOP else [])]
+        values = {place[key] for place in places if place.get(key) is not None}
+        if len(values) > 1:
+            raise BadInput(f"config.json contradicts itself: {key} is {sorted(values)}", _WINS)
+        if values:
+            settings[key] = values.pop()
+    if not settings.get("original_max_position_embeddings"):
+        raise BadInput(
+            "the YaRN settings lack original_max_position_embeddings: the trained length is unknown",
+            "Add it; engines take max_position_embeddings for it and rotate wrongly.",
+        )
+    return settings
+
+
+_TRAINED = "Extend the checkpoint with the trained length, not one that was extended before."
+_WINS = "transformers 5 takes rope_parameters, older readers rope_scaling; let both say the same."
+
+
+def _type_of(rope: Any, name: str) -> str | None:
     if not isinstance(rope, dict):
         raise BadInput(f"{name} in config.json is not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in (None, "default"):
+    kinds = {rope[key] for key in _TYPES if rope.get(key) is not None}
+    if len(kinds) > 1:
         raise BadInput(
-            f"{name} in config.json is {kind!r} already (factor {rope.get('factor')})",
-            "Extend the checkpoint with the trained length, not one that was extended before.",
+            f"{name} in config.json has two types: {' and '.join(sorted(map(repr, kinds)))}", _WINS
         )
+    return kinds.pop() if kinds else None
+
+
+def _refuse_scaled(config: dict[str, Any], name: str) -> None:
+    rope = config.get(name)
+    if rope is None:
+        return
+    kind = _type_of(rope, name)
+    if kind not in _UNSCALED:
+        raise BadInput(f"{name} in config.json is {kind!r} already (factor {rope.get('factor')})", _TRAINED)
     if extra := sorted(set(rope) - _HARMLESS):
         raise BadInput(f"{name} in config.json has settings that YaRN would contradict: {', '.join(extra)}")
 

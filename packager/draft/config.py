@@ -58,11 +58,9 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
     check_aux_layers(spec.aux_layers, target["num_hidden_layers"])
     hidden = target["hidden_size"]
     rope = rope_of(target)
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
-    if rope["rope_type"] == "default":
-        rope_scaling = None
-    else:
-        rope_scaling = {"type": rope["rope_type"], "rope_type": rope["rope_type"], **scaling}
+    scaled = rope["rope_type"] != "default"
+    if scaled:  # as the patch of the target's own config spells it: a test holds the two together
+        rope = {**rope, "type": rope["rope_type"]}
     window = (
         {"sliding_window": spec.sliding_window, "layer_types": ["sliding_attention"]}
         if spec.sliding_window is not None
@@ -87,7 +85,7 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "max_position_embeddings": target["max_position_embeddings"],
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": rope_scaling,
+        "rope_scaling": dict(rope) if scaled else None,
         "rope_parameters": rope,
         **window,
         **{key: target[key] for key in TOKEN_IDS if target.get(key) is not None},

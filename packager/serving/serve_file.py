@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from packager.checkpoint.source import CONFIG_NAME, read_json_object
 from packager.errors import BadInput, UsageProblem
@@ -25,6 +26,17 @@ class Profile(BaseModel):
     tensor_parallel: int = Field(default=1, ge=1)
 
 
+class ContextProfile(BaseModel):
+    """A length that the bundle is served at, and with which rotary embedding."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    max_model_len: int = Field(gt=0)
+    rotary: Literal["trained", "extended"]
+    """`extended`: the bundle's files as they are. `trained`: as before the context was extended, from the
+    same weights; see `packager.context.trained_view`."""
+
+
 class ServeFile(BaseModel):
     """serve.yaml of a bundle, as far as serving needs it."""
 
@@ -38,8 +50,18 @@ class ServeFile(BaseModel):
     draft: str | None = None
     num_speculative_tokens: int | None = Field(default=None, ge=1)
     max_model_len: int | None = Field(default=None, gt=0)
+    contexts: dict[str, ContextProfile] = {}
+    default_context: str | None = None
     default_profile: str
     profiles: dict[str, Profile]
+
+    @model_validator(mode="after")
+    def _has_its_default(self) -> ServeFile:
+        if self.contexts and self.default_context not in self.contexts:
+            raise ValueError(
+                f"default_context {self.default_context!r} is none of {', '.join(self.contexts)}"
+            )
+        return self
 
 
 def read_serve_file(path: Path) -> ServeFile:
@@ -91,6 +113,58 @@ def spec_for(directory: Path, *, profile: str | None = None, with_draft: bool = 
         max_model_len=found.max_model_len,
         tensor_parallel=chosen.tensor_parallel if device() == "cuda" else 1,
     )
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is served of the lengths that a directory allows."""
+
+    name: str | None
+    """Of the bundle's profile; None: the directory has no profiles."""
+    max_model_len: int | None
+    """Tokens; None: what the checkpoint says."""
+    trained_rotary: bool = False
+    """Whether the files must first be brought back to what they were before the context was extended."""
+
+
+def context_for(directory: Path, wanted: str | None = None) -> Context:
+    """The length and rotary embedding for `wanted`: a context profile's name, a number of tokens, or None.
+
+    A number takes the shortest profile that holds it, since static YaRN costs short contexts accuracy. None
+    is the bundle's default.
+
+    Raises:
+        UsageProblem: neither a number nor a profile of this bundle, or more tokens than it reaches.
+        BadInput: see `read_serve_file`.
+    """
+    path = directory / SERVE_NAME
+    contexts: dict[str, ContextProfile] = {}
+    name: str | None = None
+    if path.is_file():
+        found = read_serve_file(path)
+        contexts, name = found.contexts, found.default_context
+    tokens = int(wanted) if wanted is not None and wanted.isdecimal() else None
+    if not contexts:
+        if wanted is None or tokens:
+            return Context(None, tokens)
+        raise UsageProblem(
+            f"{directory} has no context profile {wanted!r}", "Give a number of tokens, or leave it out."
+        )
+    if tokens:
+        fitting = [one for one, profile in contexts.items() if profile.max_model_len >= tokens]
+        if not fitting:
+            longest = max(profile.max_model_len for profile in contexts.values())
+            raise UsageProblem(f"{directory} reaches {longest} tokens, not {tokens}", "Ask for fewer.")
+        name = min(fitting, key=lambda one: contexts[one].max_model_len)
+    elif wanted is not None:
+        if wanted not in contexts:
+            raise UsageProblem(
+                f"{path} has no context profile {wanted!r}", f"It has: {', '.join(contexts)}; or give tokens."
+            )
+        name = wanted
+    assert name is not None
+    chosen = contexts[name]
+    return Context(name, tokens or chosen.max_model_len, chosen.rotary == "trained")
 
 
 def _profile_name(found: ServeFile, wanted: str | None, path: Path) -> str:
