@@ -33,7 +33,7 @@ def rejection_greedy_sample_kernel(
     max_spec_len: int,  # noqa: ARG001 - the kernel's calling convention
     uniform_probs: Any = None,
     synthetic_conditional_rates: Any = None,
-    SYNTHETIC_MODE: bool = False,  # noqa: ARG001, N803
+    SYNTHETIC_MODE: bool = False,  # noqa: ARG001
 ) -> None:
     """The Triton kernel of that name, request by request.
 

@@ -48,9 +48,7 @@ def measured_speculation(evidence: Mapping[str, Any]) -> tuple[SpeculationRange,
     return tuple(SpeculationRange.model_validate(one) for one in evidence.get("speculation") or ())
 
 
-def profiles(
-    recipe: Recipe, *, draft: bool, measured: tuple[SpeculationRange, ...] = ()
-) -> list[Profile]:
+def profiles(recipe: Recipe, *, draft: bool, measured: tuple[SpeculationRange, ...] = ()) -> list[Profile]:
     """The recipe's hardware first, then the other device for those who have that.
 
     `measured` is what the evidence found to be the fastest draft length by batch. It holds for the hardware
