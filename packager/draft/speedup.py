@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import linear_regression
 from typing import Any
 
 from packager.recipe import SpeculationRange
@@ -130,14 +131,12 @@ def needed_acceptance(points: Sequence[tuple[float, float]]) -> NeededAcceptance
     Raises:
         ValueError: fewer than two different lengths.
     """
-    import numpy as np
-
-    lengths, speeds = np.array([p[0] for p in points]), np.array([p[1] for p in points])
-    if len(set(lengths.tolist())) < 2:
+    lengths, speeds = [point[0] for point in points], [point[1] for point in points]
+    if len(set(lengths)) < 2:
         raise ValueError("a line needs two acceptance lengths")
-    slope, offset = np.polyfit(lengths, speeds, 1)
-    residual = np.abs(slope * lengths + offset - speeds) / speeds
-    return NeededAcceptance(float(slope), float(offset), float(residual.max()))
+    slope, offset = linear_regression(lengths, speeds)
+    residual = max(abs(slope * x + offset - y) / y for x, y in points)
+    return NeededAcceptance(slope, offset, residual)
 
 
 @dataclass(frozen=True)
