@@ -34,8 +34,8 @@ def _numbers(
     found: set[int] = set()
     try:
         for part in value.split(",") if value else ():
-            low, _, high = part.partition("-")
-            found.update(range(int(low), int(high or low) + 1))
+            low, to, high = part.partition("-")
+            found.update(range(int(low), int(high if to else low) + 1))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not numbers such as 1,3,5 or 1-7", param=param) from None
     if value and (not found or min(found) < 1):
