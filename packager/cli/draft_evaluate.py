@@ -266,7 +266,7 @@ def _print_findings(result: DraftEvaluation, problems: list[str]) -> None:
     )
     click.echo(f"best by concurrency  {best}")
     for tokens, agreed in result.predictions.items():
-        verdict = "ALARM: they part by more than 5 %" if agreed.alarm else "they agree"
+        verdict = "ALARM, over 5 %" if agreed.alarm else "they agree"
         click.echo(
             f"predicted length     K={tokens}: {agreed.predicted:.2f} against {agreed.served:.2f} served "
             f"({agreed.difference:+.1%}): {verdict}"

@@ -349,16 +349,21 @@ def collect_evidence(
         for path in write_report(report, workspace.evidence).values():
             writer.adopt(path.name)
         return writer.seal(
-            summary(report, found) | {"speculation": speculation(found, recipe.draft.num_speculative_tokens)}
+            summary(report, found)
+            | {
+                "speculation": speculation(
+                    found.without_draft, found.with_draft, recipe.draft.num_speculative_tokens
+                )
+            }
         )
 
 
-def speculation(found: Measured, tokens: int) -> list[dict[str, int]]:
+def speculation(without: ThroughputRun, drafted: ThroughputRun, tokens: int) -> list[dict[str, int]]:
     """Draft tokens by batch for the serve settings: none where the draft made serving slower."""
     from packager.draft.speedup import schedule
     from validation.throughput import compare_throughput
 
-    ratios = compare_throughput(found.without_draft, found.with_draft)
+    ratios = compare_throughput(without, drafted)
     best = {one.concurrency: tokens if one.ratio > 1 else 0 for one in ratios}
     return [one.model_dump(exclude_none=True) for one in schedule(best)] if best else []
 
