@@ -165,8 +165,8 @@ def test_stage_builds_a_draft_that_vllm_accepts_tokens_from(
 def test_vllm_drafts_by_batch_as_the_settings_say_from_a_speculators_export(
     data: DraftData, target: Path, tmp_path: Path
 ) -> None:
-    """Three tokens for one request at once, none for more, and none behind a long prompt: the counters tell. The
-    draft is the same as above, in the form of the speculators library."""
+    """Three tokens for one request at once, none for more, none behind a long prompt: the counters tell.
+    The draft is the same as above, in the form of the speculators library."""
     trained = train(target, SPEC, data, lambda _: None)
     draft = tmp_path / "draft"
     export(draft, trained, target, recipe_digest="sha256:0", inputs={}, verifier=str(target))
