@@ -213,7 +213,8 @@ class ServeSettings(Spec):
     """Draft tokens by batch, e.g. what `draft evaluate` proposes. Empty: by the release's own measurement,
     which stops speculation where it was slower; else draft.num_speculative_tokens always."""
     speculation_max_context: int | None = Field(default=None, gt=0)
-    """Tokens of prompt and answer beyond which nothing is drafted; None: to the end of the context."""
+    """Tokens of prompt and answer beyond which nothing is drafted; None: to the end of the context. vLLM 0.32
+    decides it for a whole batch, by its longest request; it saves the draft's time, not verification's."""
 
     @model_validator(mode="after")
     def _ascending(self) -> ServeSettings:

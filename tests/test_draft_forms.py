@@ -200,6 +200,17 @@ def test_a_draft_of_another_model_cannot_be_measured(root: Path, tmp_path: Path)
     assert "cannot be measured" in result.exception.message
 
 
+def test_fp8_that_cannot_be_served_here_is_told_before_a_server_starts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packager.serving.fp8_runs_here", lambda: (False, "this CPU has no AMX"))
+    target = _change(root / "target", tmp_path / "target", quantization_config={"quant_method": "fp8"})
+    result = CliRunner().invoke(command, ["evaluate", str(target), str(root / "draft")])
+    assert isinstance(result.exception, BadInput)
+    assert "no AMX" in result.exception.message
+    assert "packager dequantize" in result.exception.remedy
+
+
 def test_a_folder_that_is_no_draft_is_told_so(root: Path, tmp_path: Path) -> None:
     found = look_at(tmp_path, root / "target")
     assert found.form == "unreadable"

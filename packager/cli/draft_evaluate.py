@@ -65,6 +65,19 @@ def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
         raise BadInput(f"{source} is not UTF-8: {err}") from None
 
 
+def _require_servable(target: Path) -> None:
+    """Raise BadInput if this machine's vLLM has no kernels for the weights of `target`."""
+    from packager.serving import fp8_runs_here
+    from packager.serving.serve_file import is_fp8
+
+    runs, reason = fp8_runs_here()
+    if is_fp8(target) and not runs:
+        raise BadInput(
+            f"{target} is FP8, and {reason}",
+            f"Run `packager dequantize {target} OUT` and give OUT.",
+        )
+
+
 def _long_prompts(source: Path | None, contexts: tuple[int, ...], count: int) -> list[dict[str, Any]]:
     """Records that fill each of `contexts` tokens; with a file of prompts, its own lengths have to do."""
     if source is not None or not contexts:
@@ -173,6 +186,7 @@ def evaluate_command(
             f"{draft} cannot be measured:\n" + "\n".join(f"  {one}" for one in found.obstacles),
             "Convert it, or ask its publisher; --check-only lists all problems.",
         )
+    _require_servable(target)
     plan = Plan(
         ServeSpec(target, tensor_parallel=tensor_parallel),
         draft,
@@ -356,6 +370,7 @@ def breakeven_command(
         raise UsageProblem(
             f"--{missing[0].replace('_', '-')} is missing", "Give it, or a recipe that has it with --recipe."
         )
+    _require_servable(target)
     serve = ServeSpec(target, tensor_parallel=tensor_parallel)
     found = measure_breakeven(
         serve,

@@ -8,6 +8,7 @@ lie. Answers mean nothing, so all have the same length.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -127,15 +128,17 @@ def measure_breakeven(
     wanted = (1.0, 1.0 + tokens / 2, 1.0 + tokens)
     without: dict[int, float] = {}
     points: dict[int, list[Point]] = {level: [] for level in concurrency}
-    with tempfile.TemporaryDirectory(prefix="draft-breakeven-") as scratch:
-        draft = write_untrained(Path(scratch) / "draft", Checkpoint.open(serve.model).config(), spec)
+    target_config = Checkpoint.open(serve.model).config()
+    scratch = Path(tempfile.mkdtemp(prefix="draft-breakeven-"))
+    try:
+        draft = write_untrained(scratch / "draft", target_config, spec)
         for length in (None, *wanted):
             here = replace(serve, draft=None)
             if length is not None:
                 here = replace(
                     serve, draft=draft, num_speculative_tokens=tokens, synthetic_acceptance_length=length
                 )
-            with Server(here, Path(scratch) / f"{length}.log") as server:
+            with Server(here, scratch / f"{length}.log") as server:
                 name = here.served_name
                 ask(server.url, name, prompts, max_tokens=2, concurrency=max(concurrency), ignore_eos=True)
                 for level in concurrency:
@@ -159,6 +162,9 @@ def measure_breakeven(
                         f"acceptance length {served:.2f} (asked {length:.2f}), concurrency {level}: "
                         f"{speed:.0f} tokens/s"
                     )
+    finally:
+        shutil.rmtree(scratch / "draft", ignore_errors=True)  # logs stay: an error points to them
+    shutil.rmtree(scratch)
     levels = {
         level: Level(
             without[level],

@@ -12,6 +12,7 @@ pass may be repeated; the fastest counts, on both sides.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -244,10 +245,10 @@ def evaluate_draft(plan: Plan, metrics: Mapping[str, Any], say: Say) -> DraftEva
     """
     if not plan.prompts:
         raise BadInput("no prompts to evaluate the draft on")
-    with tempfile.TemporaryDirectory(prefix="draft-evaluate-") as scratch:
-        logs = Path(scratch)
-        reference, without, by_context, noise = _without_draft(plan, logs, say)
-        runs = tuple(_with_draft(plan, tokens, reference, by_context, logs, say) for tokens in plan.tokens)
+    logs = Path(tempfile.mkdtemp(prefix="draft-evaluate-"))
+    reference, without, by_context, noise = _without_draft(plan, logs, say)
+    runs = tuple(_with_draft(plan, tokens, reference, by_context, logs, say) for tokens in plan.tokens)
+    shutil.rmtree(logs)  # after a failure the engine's log is what the error points to
     found = {}
     for run in runs:
         served = run.cells[plan.concurrency[0]].acceptance
@@ -343,9 +344,12 @@ def _reference(server: Server, plan: Plan, concurrency: int, cache: Path) -> lis
         for one in plan.prompts
     ]
     sampling = Sampling(max_tokens=plan.max_tokens, top_logprobs=_TOP_LOGPROBS, seed=None)
+    answers = target.ask(requests, sampling, concurrency=concurrency, timeout_s=600)
+    if any(one.tokens is None for one in answers):
+        raise BadInput("the engine gives no log-probabilities, so outputs cannot be compared")
     return [
         TokenSequence(id=one.id, text=one.text, finish_reason=one.finish_reason, tokens=one.tokens or ())
-        for one in target.ask(requests, sampling, concurrency=concurrency, timeout_s=600)
+        for one in answers
     ]
 
 

@@ -27,7 +27,8 @@ class ServeSpec:
     speculation: tuple[SpeculationRange, ...] = ()
     """Draft tokens by number of requests in a step; empty: `num_speculative_tokens` always."""
     speculation_max_context: int | None = None
-    """Tokens beyond which nothing is drafted; None: no such limit."""
+    """Tokens beyond which nothing is drafted; None: no such limit. vLLM 0.32 decides it for a whole batch, by
+    its longest request, and verifies zeros in the drafts' place: that saves the draft's time alone."""
     synthetic_acceptance_length: float | None = None
     """Accept draft tokens at random so that a step yields this many on average; to measure speed alone."""
     max_model_len: int | None = None
