@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from packager.cli.draft_evaluate import _print_evaluation
+from packager.cli.draft_evaluate import _print_breakeven, _print_evaluation
 from packager.draft.acceptance import AcceptanceReport, Evaluation
-from packager.draft.speedup import Agreement
+from packager.draft.speedup import Agreement, needed_acceptance
+from packager.draft.validator import validate_draft
 from packager.recipe import SpeculationRange
+from packager.release.draft_breakeven import Breakeven, Level, Point, write_untrained
 from packager.release.draft_evaluation import Cell, DraftEvaluation, Identity, Plan, ServerRun
 from packager.release.evidence import speculation
 from packager.serving import ServeSpec
@@ -151,3 +153,30 @@ def test_a_difference_knows_how_near_the_tie_was() -> None:
     assert (near.position, near.near_tie, round(near.gap_nats or 0, 3)) == (1, True, 0.05)
     assert (far.position, far.near_tie, round(far.gap_nats or 0, 3)) == (1, False, 3.0)
     assert near.agreed_text == "a"
+
+
+# ---- before training --------------------------------------------------------------------------------------
+
+
+def test_an_untrained_draft_has_the_shape_of_a_trained_one(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from draft_data import SPEC, TARGET
+
+    assert validate_draft(write_untrained(tmp_path / "draft", TARGET, SPEC), TARGET) == []
+
+
+def test_what_a_draft_must_reach_is_told_by_concurrency(capsys: pytest.CaptureFixture[str]) -> None:
+    def level(without: float, speeds: tuple[float, ...]) -> Level:
+        points = tuple(Point(x, x, y) for x, y in zip((1.0, 2.5, 4.0), speeds, strict=True))
+        return Level(without, points, needed_acceptance([(p.served, p.tokens_per_s) for p in points]))
+
+    found = Breakeven(3, {1: level(100.0, (80.0, 200.0, 320.0)), 16: level(900.0, (300.0, 750.0, 1200.0))})
+    needed = found.as_dict()["by_concurrency"]
+    assert needed["1"]["needed_length"] == pytest.approx({"1": 1.25, "1.5": 1.875})
+    assert needed["16"]["points"][2]["speedup"] == pytest.approx(4 / 3)
+    _print_breakeven(found)
+    said = capsys.readouterr().out
+    assert "1.25" in said
+    assert "1.88" in said
+    assert "3.00" in said
+    assert "out of reach" in said  # 1.5x at 16 would need 4.5 of at most 4

@@ -56,8 +56,6 @@ def look_at(draft: Path, target: Path) -> DraftFindings:
         expected = flat.get("target_hidden_size", flat.get(key)) if key == "hidden_size" else flat.get(key)
         if isinstance(expected, int) and expected != wanted[key]:
             obstacles.append(f"it was made for a target with {key} {expected}; this one has {wanted[key]}")
-    if any(name.split(".")[-1] in ("qweight", "weight_packed") for name in names):
-        obstacles.append("its weights are quantized to four bits")
     try:
         problems = validate_draft(draft, wanted)
     except BadInput as err:
