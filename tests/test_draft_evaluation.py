@@ -14,7 +14,7 @@ from packager.draft.validator import validate_draft
 from packager.recipe import SpeculationRange
 from packager.release.draft_breakeven import Breakeven, Level, Point, write_untrained
 from packager.release.draft_evaluation import Cell, DraftEvaluation, Identity, Plan, ServerRun
-from packager.release.evidence import speculation
+from packager.release.evidence import acceptance_alarms, speculation
 from packager.serving import ServeSpec
 from validation import throughput
 from validation.endpoint import TokenOutput
@@ -146,6 +146,22 @@ def test_a_release_drafts_only_where_it_measured_a_gain() -> None:
         {"num_speculative_tokens": 4}
     ]
     assert speculation(without, _throughput("draft", {16: 1.0}), 4) == []
+
+
+def test_a_report_says_when_serving_is_not_what_training_predicted() -> None:
+    def served(length: float) -> ThroughputRun:
+        accepted = throughput.Acceptance(
+            length=length, per_position=(), drafts=10, draft_tokens=30, accepted_tokens=20
+        )
+        run = _throughput("draft", {1: 100.0})
+        return run.model_copy(update={"cells": (run.cells[0].model_copy(update={"acceptance": accepted}),)})
+
+    metrics = {"predicted_acceptance": {"per_position": [0.8, 0.7, 0.5]}}
+    [alarm] = acceptance_alarms(metrics, served(2.5), 3)
+    assert "predicted in training 3.00, served 2.50" in alarm
+    assert acceptance_alarms(metrics, served(2.95), 3) == ()
+    assert acceptance_alarms({}, served(2.5), 3) == ()
+    assert acceptance_alarms(metrics, _throughput("plain", {1: 100.0}), 3) == ()
 
 
 def test_a_difference_knows_how_near_the_tie_was() -> None:

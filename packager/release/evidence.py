@@ -312,6 +312,13 @@ def collect_evidence(
     )
 
     found = measure(recipe, workspace, variants, say)
+    alarms = acceptance_alarms(
+        next((stage.metrics for stage in before if stage.name == "draft"), {}),
+        found.with_draft,
+        recipe.draft.num_speculative_tokens,
+    )
+    for line in alarms:
+        say(f"  {line}")
     runs = {run.subject: run.label for run in (*found.accuracy, *((found.dense,) if found.dense else ()))}
     report = build_report(
         ReportInputs(
@@ -340,6 +347,7 @@ def collect_evidence(
             notes=(
                 f"{recipe.quantize.weights} without YaRN was served with its position limit lifted, which "
                 "changes no rotation.",
+                *alarms,
             ),
         )
     )
@@ -356,6 +364,21 @@ def collect_evidence(
                 )
             }
         )
+
+
+def acceptance_alarms(drafted: Mapping[str, Any], served: ThroughputRun, tokens: int) -> tuple[str, ...]:
+    """A sentence if the served acceptance length is not what training predicted (the draft's metrics)."""
+    from packager.draft.speedup import ALARM_SHARE, agreement
+
+    acceptance = served.cells[0].acceptance
+    found = agreement(drafted, tokens, acceptance.length) if acceptance else None
+    if found is None or not found.alarm:
+        return ()
+    return (
+        f"Acceptance length predicted in training {found.predicted:.2f}, served {found.served:.2f}: they part "
+        f"by more than {ALARM_SHARE:.0%}. Layer ids, positions or weights may differ in serving, or the prompts "
+        "are of another kind.",
+    )
 
 
 def speculation(without: ThroughputRun, drafted: ThroughputRun, tokens: int) -> list[dict[str, int]]:
