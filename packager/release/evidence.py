@@ -375,7 +375,7 @@ def acceptance_alarms(drafted: Mapping[str, Any], served: ThroughputRun, tokens:
     if found is None or not found.alarm:
         return ()
     return (
-        f"Acceptance length predicted in training {found.predicted:.2f}, served {found.served:.2f}: more than "
+        f"Acceptance length predicted in training {found.predicted:.2f}, served {found.served:.2f}: over "
         f"{ALARM_SHARE:.0%} apart. Layer ids, positions or weights differ in serving, or the prompts do.",
     )
 
