@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packager.cli import options
-from packager.cli.draft_evaluate import breakeven_command, evaluate_command
+from packager.cli.draft_evaluate import breakeven_command, evaluate_command, prompts_in
 from packager.cli.output import progress
 from packager.errors import BadInput, UsageProblem
 from packager.recipe import DraftSpec, load_recipe
@@ -50,15 +50,7 @@ def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
         from packager.nano import language
 
         return language.prompts(count)
-    from packager.draft.prepare import read_prompts
-
-    try:
-        with source.open(encoding="utf-8") as lines:
-            return read_prompts(lines, str(source))
-    except FileNotFoundError:
-        raise BadInput(f"no prompts at {source}", "Give a JSONL file with one chat a line.") from None
-    except UnicodeDecodeError as err:
-        raise BadInput(f"{source} is not UTF-8: {err}") from None
+    return prompts_in(source)
 
 
 @click.group(name="draft")

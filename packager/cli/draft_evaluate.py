@@ -43,6 +43,23 @@ def _numbers(
     return tuple(sorted(found))
 
 
+def prompts_in(source: Path) -> list[dict[str, Any]]:
+    """The chats of a JSONL file.
+
+    Raises:
+        BadInput: it is missing or malformed.
+    """
+    from packager.draft.prepare import read_prompts
+
+    try:
+        with source.open(encoding="utf-8") as lines:
+            return read_prompts(lines, str(source))
+    except FileNotFoundError:
+        raise BadInput(f"no prompts at {source}", "Give a JSONL file with one chat a line.") from None
+    except UnicodeDecodeError as err:
+        raise BadInput(f"{source} is not UTF-8: {err}") from None
+
+
 def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
     """The prompts of a file, or held-out items of the nano's language, `count` at most."""
     if source is None:
@@ -54,15 +71,7 @@ def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
         return [items[task * per_task + i] for i in range(per_task) for task in range(len(language.TASKS))][
             :count
         ]
-    from packager.draft.prepare import read_prompts
-
-    try:
-        with source.open(encoding="utf-8") as lines:
-            return read_prompts(lines, str(source))[:count]
-    except FileNotFoundError:
-        raise BadInput(f"no prompts at {source}", "Give a JSONL file with one chat a line.") from None
-    except UnicodeDecodeError as err:
-        raise BadInput(f"{source} is not UTF-8: {err}") from None
+    return prompts_in(source)[:count]
 
 
 def _require_servable(target: Path) -> None:
