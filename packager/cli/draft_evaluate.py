@@ -333,7 +333,7 @@ def _rates(rates: tuple[float, ...]) -> str:
 @click.option(
     "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it held-out nano items."
 )
-@click.option("--count", type=click.IntRange(min=1), default=24, show_default=True, help="Prompts.")
+@click.option("--count", type=click.IntRange(min=1), default=12, show_default=True, help="Prompts.")
 @click.option("--tokens", type=click.IntRange(min=1), default=3, show_default=True, help="Draft tokens (K).")
 @click.option(
     "--concurrency",
@@ -344,6 +344,13 @@ def _rates(rates: tuple[float, ...]) -> str:
     help="For instance 1,16.",
 )
 @click.option("--output-tokens", type=click.IntRange(min=2), default=96, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Timed passes; the fastest counts.",
+)
 @click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True)
 @options.as_json
 def breakeven_command(
@@ -357,6 +364,7 @@ def breakeven_command(
     tokens: int,
     concurrency: tuple[int, ...],
     output_tokens: int,
+    repeats: int,
     tensor_parallel: int,
     as_json: bool,
 ) -> None:
@@ -388,6 +396,7 @@ def breakeven_command(
         tokens=tokens,
         concurrency=concurrency,
         output_tokens=output_tokens,
+        repeats=repeats,
         say=progress,
     )
     if as_json:
