@@ -136,12 +136,12 @@ def test_stage_builds_a_draft_that_vllm_accepts_tokens_from(
     plan = Plan(
         ServeSpec(target),
         draft,
-        language.heldout_items(4),
+        language.heldout_items(2),
         tokens=(3,),
-        concurrency=(1, 8),
+        concurrency=(1, 4),
         max_tokens=48,
         contexts=(512, 2048),
-        long_prompts=[*language.long_items(1, 2), *language.long_items(4, 2)],
+        long_prompts=[*language.long_items(1, 1), *language.long_items(4, 1)],
     )
     found = evaluate_draft(plan, manifest.metrics, lambda _: None)
     [run] = found.runs
@@ -174,7 +174,7 @@ def test_vllm_drafts_by_batch_as_the_settings_say_from_a_speculators_export(
         SpeculationRange(max_concurrency=1, num_speculative_tokens=3),
         SpeculationRange(num_speculative_tokens=0),
     )
-    prompts = language.heldout_items(4)
+    prompts = language.heldout_items(3)
     spec = ServeSpec(target, draft=draft, speculation=ranges, speculation_max_context=1024)
     with Server(spec, tmp_path / "server.log") as server:
         readings = [server.metrics()]
