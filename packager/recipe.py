@@ -223,6 +223,39 @@ class DraftSpec(Spec):
         return self
 
 
+class SpeculationRange(Spec):
+    """How many draft tokens a step has up to a number of requests at once."""
+
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """Up to and with this many requests in a step; None: any number."""
+    num_speculative_tokens: int = Field(ge=0)
+    """0: no draft tokens; the engine still keeps the draft's cache filled, so they can come back."""
+
+
+def check_speculation(ranges: tuple[SpeculationRange, ...]) -> None:
+    """Raise ValueError unless the ranges ascend and only the last is open."""
+    ends = [one.max_concurrency for one in ranges]
+    bounded = [end for end in ends if end is not None]
+    if None in ends[:-1] or bounded != sorted(set(bounded)):
+        raise ValueError("speculation: max_concurrency must ascend, and only the last may be left out")
+
+
+class ServeSettings(Spec):
+    """How the bundle is served, beside its context and draft."""
+
+    speculation: tuple[SpeculationRange, ...] = ()
+    """Draft tokens by batch, e.g. what `draft evaluate` proposes. Empty: by the release's own measurement,
+    which stops speculation where it was slower; else draft.num_speculative_tokens always."""
+    speculation_max_context: int | None = Field(default=None, gt=0)
+    """Tokens of prompt and answer beyond which nothing is drafted; None: to the end of the context. vLLM 0.32
+    decides it for a whole batch, by its longest request; it saves the draft's time, not verification's."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ServeSettings:
+        check_speculation(self.speculation)
+        return self
+
+
 class ValidateSpec(Spec):
     """What is measured, on how many items."""
 
@@ -292,6 +325,7 @@ class Recipe(Spec):
     quantize: QuantizeSpec = QuantizeSpec()
     context: ContextSpec
     draft: DraftSpec
+    serve: ServeSettings = ServeSettings()
     validate_: ValidateSpec = Field(default=ValidateSpec(), alias="validate")
     gates: GatesSpec = GatesSpec()
     bundle: BundleSpec

@@ -18,11 +18,13 @@ from tiny_bundle import SOURCE_DIGEST, Stages, digest_of, make_evidence, make_st
 
 from packager.artifact import MANIFEST_NAME, ArtifactWriter, read_manifest
 from packager.bundle import signature
+from packager.bundle.serve_profiles import profiles, serve_yaml
 from packager.bundle.verify import verify_bundle
 from packager.cli.bundle import command as bundle_command
 from packager.cli.verify import command as verify_command
 from packager.errors import BadInput, IntegrityFailure
-from packager.recipe import QuantizeSpec, SchemeName
+from packager.recipe import QuantizeSpec, SchemeName, ServeSettings, SpeculationRange
+from packager.serving.serve_file import read_serve_file
 from validation.gates import at_least
 
 
@@ -338,6 +340,37 @@ def test_the_bundle_is_served_at_its_trained_length_too_and_the_card_says_how(re
     text = (released / "README.md").read_text()
     assert "| Context | 2048 tokens (yarn); 512 as trained |" in text
     assert "packager serve . --context native" in text
+
+
+def test_what_was_measured_decides_when_to_draft_on_that_hardware_alone(
+    stages: Stages, tmp_path: Path
+) -> None:
+    """The recipe's hardware is cpu: the other profile was not measured. What the recipe says comes first."""
+    measured = (
+        SpeculationRange(max_concurrency=2, num_speculative_tokens=3),
+        SpeculationRange(num_speculative_tokens=0),
+    )
+    own, other = profiles(stages.recipe, draft=True, measured=measured)
+    assert (own.device, own.speculation, other.speculation) == ("cpu", measured, ())
+    assert "num_speculative_tokens_per_batch_size" in own.shell
+    assert "num_speculative_tokens_per_batch_size" not in other.shell
+
+    said = SpeculationRange(num_speculative_tokens=2)
+    recipe = stages.recipe.model_copy(update={"serve": ServeSettings(speculation=(said,))})
+    assert [one.speculation for one in profiles(recipe, draft=True, measured=measured)] == [(said,), (said,)]
+
+    (tmp_path / "serve.yaml").write_text(serve_yaml(stages.recipe, draft=True, measured=measured))
+    read = read_serve_file(tmp_path / "serve.yaml").profiles
+    assert (read["cpu"].speculation, read["1xgpu"].speculation) == (measured, ())
+
+
+def test_a_release_stops_speculation_where_it_was_slower(tmp_path: Path) -> None:
+    ranges = [{"max_concurrency": 2, "num_speculative_tokens": 3}, {"num_speculative_tokens": 0}]
+    stages = make_stages(tmp_path / "stages", evidence_metrics={"speculation": ranges})
+    stages.bundle(tmp_path / "bundle")
+    settings = yaml.safe_load((tmp_path / "bundle/serve.yaml").read_text())
+    assert settings["profiles"]["cpu"]["speculation"] == ranges
+    assert "num_speculative_tokens_per_batch_size" in (tmp_path / "bundle/README.md").read_text()
 
 
 def test_gates_and_override_are_shown_on_the_card(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 
 from packager.artifact import check
 from packager.context.extend import extend
-from packager.draft.acceptance import evaluate
+from packager.draft.acceptance import DRAFTED, acceptance_from_metrics, ask
 from packager.draft.prepare import DraftData, prepare
-from packager.draft.stage import build
+from packager.draft.stage import build, export, train
 from packager.draft.validator import validate_draft
 from packager.nano import CHECKPOINT, language
-from packager.recipe import ContextSpec, DraftSpec
+from packager.recipe import ContextSpec, DraftSpec, SpeculationRange
+from packager.release.draft_evaluation import Plan, evaluate_draft
+from packager.serving import Server, ServeSpec
 
 torch = pytest.importorskip("torch")
 
@@ -151,8 +154,6 @@ def test_sampled_responses_stop_at_the_budget_and_go_on_when_it_is_raised(
 def test_stage_builds_a_draft_that_vllm_accepts_tokens_from(
     data: DraftData, target: Path, tmp_path: Path
 ) -> None:
-    from packager.serving import Server, ServeSpec
-
     draft = tmp_path / "draft"
     manifest = build(
         target,
@@ -166,10 +167,58 @@ def test_stage_builds_a_draft_that_vllm_accepts_tokens_from(
     )
     assert check(draft).digest == manifest.digest
     assert validate_draft(draft, json.loads((target / "config.json").read_text())) == []
-    with Server(ServeSpec(target, draft=draft), tmp_path / "server.log") as server:
-        found = evaluate(
-            server.url, "model", server.metrics, language.heldout_items(2), max_tokens=48, concurrency=4
-        )
-    assert len(found.total.per_position) == 3
-    assert found.total.length > 1.5
-    assert found.total.length == pytest.approx(1 + sum(found.total.per_position), abs=1e-6)
+    plan = Plan(
+        ServeSpec(target),
+        draft,
+        language.heldout_items(2),
+        tokens=(3,),
+        concurrency=(1, 4),
+        max_tokens=48,
+        contexts=(512, 2048),
+        long_prompts=[*language.long_items(1, 1), *language.long_items(4, 1)],
+    )
+    found = evaluate_draft(plan, manifest.metrics, lambda _: None)
+    [run] = found.runs
+    for cell in run.cells.values():
+        assert cell.acceptance is not None
+        assert cell.identity is not None
+        assert len(cell.acceptance.per_position) == 3
+        assert cell.acceptance.length > 1.5
+        assert cell.acceptance.length == pytest.approx(1 + sum(cell.acceptance.per_position), abs=1e-6)
+        assert cell.identity.identical >= 0.9 * cell.identity.of
+        assert cell.identity.unexplained == 0
+        assert cell.output_tokens > 100
+    assert run.groups is not None
+    assert set(run.groups.by_task) == set(language.TASKS)
+    assert list(run.contexts) == list(found.without.contexts) == [512, 2048]
+    assert run.contexts[2048].prompt_tokens > 1500 > run.contexts[512].prompt_tokens
+    assert found.predictions[3].served == found.runs[0].cells[1].acceptance.length
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_vllm_drafts_by_batch_as_the_settings_say_from_a_speculators_export(
+    data: DraftData, target: Path, tmp_path: Path
+) -> None:
+    """Three tokens for one request at once, none for more, none behind a long prompt: the counters tell.
+    The draft is the same as above, in the form of the speculators library."""
+    trained = train(target, SPEC, data, lambda _: None)
+    draft = tmp_path / "draft"
+    export(draft, trained, target, recipe_digest="sha256:0", inputs={}, verifier=str(target))
+    ranges = (
+        SpeculationRange(max_concurrency=1, num_speculative_tokens=3),
+        SpeculationRange(num_speculative_tokens=0),
+    )
+    prompts = language.heldout_items(3)
+    spec = ServeSpec(target, draft=draft, speculation=ranges, speculation_max_context=1024)
+    with Server(spec, tmp_path / "server.log") as server:
+        readings = [server.metrics()]
+        for concurrency in (1, 8):
+            ask(server.url, "model", prompts, max_tokens=48, concurrency=concurrency)
+            readings.append(server.metrics())
+        ask(server.url, "model", language.long_items(4, 2), max_tokens=24)
+        beyond = acceptance_from_metrics(readings[-1], server.metrics())
+    single = acceptance_from_metrics(readings[0], readings[1])
+    drafted = [after[DRAFTED] - before[DRAFTED] for before, after in pairwise(readings)]
+    assert single.length > 1.5
+    assert drafted[1] < 0.25 * drafted[0]  # the last requests of a batch are alone again
+    assert beyond.length < 1.1  # beyond the limit vLLM verifies zeros instead of drafts

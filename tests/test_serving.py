@@ -28,7 +28,7 @@ from packager.cli.serve import command as serve
 from packager.context import extend
 from packager.draft.config import draft_config
 from packager.errors import BadInput, RemoteFailure, UsageProblem
-from packager.recipe import ContextSpec, DraftSpec
+from packager.recipe import ContextSpec, DraftSpec, SpeculationRange
 from packager.serving import Server, ServeSpec, cpu, fp8_runs_here, vllm_command
 from packager.serving import server as server_module
 from packager.serving.serve_file import Context, context_for, is_fp8, spec_for
@@ -55,6 +55,51 @@ def test_one_function_makes_the_published_and_the_local_command() -> None:
         "model": "m/draft",
         "num_speculative_tokens": 4,
     }
+
+
+def _speculative(spec: ServeSpec) -> dict[str, Any]:
+    command = vllm_command(spec, target="cuda")
+    found: dict[str, Any] = json.loads(command[command.index("--speculative-config") + 1])
+    return found
+
+
+def _range(tokens: int, up_to: int | None = None) -> SpeculationRange:
+    return SpeculationRange(max_concurrency=up_to, num_speculative_tokens=tokens)
+
+
+def test_draft_tokens_by_batch_are_the_engines_own_schedule() -> None:
+    spec = ServeSpec(
+        Path("m"),
+        draft=Path("d"),
+        speculation=(_range(5, 8), _range(3, 64), _range(0)),
+        speculation_max_context=32768,
+    )
+    assert _speculative(spec) == {
+        "method": "eagle3",
+        "model": "d",
+        "num_speculative_tokens": 5,
+        "num_speculative_tokens_per_batch_size": [[1, 8, 5], [9, 64, 3], [65, 65, 0]],
+        "max_model_len": 32768,
+    }
+
+
+def test_one_draft_length_for_all_batches_needs_no_schedule() -> None:
+    found = _speculative(ServeSpec(Path("m"), draft=Path("d"), speculation=(_range(2),)))
+    assert found == {"method": "eagle3", "model": "d", "num_speculative_tokens": 2}
+
+
+def test_a_draft_that_never_pays_is_not_served() -> None:
+    spec = ServeSpec(Path("m"), draft=Path("d"), speculation=(_range(0),))
+    assert "--speculative-config" not in vllm_command(spec, target="cuda")
+
+
+@pytest.mark.slow
+def test_vllm_reads_the_schedule_as_it_is_meant() -> None:
+    """Its own function expands it to a table by batch size; the last range is carried on."""
+    dynamic = pytest.importorskip("vllm.v1.spec_decode.dynamic.utils")
+    spec = ServeSpec(Path("m"), draft=Path("d"), speculation=(_range(5, 2), _range(3, 4), _range(0)))
+    ranges = _speculative(spec)["num_speculative_tokens_per_batch_size"]
+    assert dynamic.build_dynamic_sd_schedule_lookup(ranges, 8, 5)[1:] == [5, 5, 3, 3, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
@@ -323,6 +368,25 @@ def test_a_bundle_is_served_as_its_file_says_on_this_device(
     assert spec_for(bundle, with_draft=False).draft is None
 
 
+def test_a_profile_says_when_not_to_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = [{"max_concurrency": 8, "num_speculative_tokens": 5}, {"num_speculative_tokens": 0}]
+    profiles = SERVE_FILE["profiles"]
+    profiles = {
+        **profiles,
+        "2xh20": {**profiles["2xh20"], "speculation": ranges, "speculation_max_context": 32768},
+    }
+    bundle = write_bundle(tmp_path / "bundle", profiles=profiles)
+    monkeypatch.setattr("packager.serving.serve_file.device", lambda: "cuda")
+    assert _speculative(spec_for(bundle))["num_speculative_tokens_per_batch_size"] == [[1, 8, 5], [9, 9, 0]]
+    assert _speculative(spec_for(bundle))["max_model_len"] == 32768
+    monkeypatch.setattr("packager.serving.serve_file.device", lambda: "cpu")
+    assert _speculative(spec_for(bundle)) == {
+        "method": "eagle3",
+        "model": str(bundle / "draft"),
+        "num_speculative_tokens": 3,
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -331,6 +395,24 @@ def test_a_bundle_is_served_as_its_file_says_on_this_device(
         ({"draft": "../../elsewhere"}, "outside the bundle"),
         ({"model": "/etc"}, "outside the bundle"),
         ({"profiles": 3}, "profiles"),
+        (
+            {
+                "profiles": {
+                    "2xh20": {
+                        "device": "cuda",
+                        "speculation": [
+                            {"num_speculative_tokens": 3},
+                            {"max_concurrency": 8, "num_speculative_tokens": 0},
+                        ],
+                    }
+                }
+            },
+            "must ascend",
+        ),
+        (
+            {"profiles": {"2xh20": {"device": "cuda", "speculation": [{"num_speculative_tokens": -1}]}}},
+            "greater",
+        ),
     ],
 )
 def test_a_wrong_serve_file_is_bad_input(tmp_path: Path, changes: dict[str, Any], says: str) -> None:

@@ -72,7 +72,14 @@ def recipe(**sections: Any) -> Recipe:
     return Recipe.model_validate(document)
 
 
-def make_stages(root: Path, *, seed: int = 0, gates: tuple[Gate, ...] = PASSED, **sections: Any) -> Stages:
+def make_stages(
+    root: Path,
+    *,
+    seed: int = 0,
+    gates: tuple[Gate, ...] = PASSED,
+    evidence_metrics: dict[str, Any] | None = None,
+    **sections: Any,
+) -> Stages:
     """Seal fp8, context, draft and evidence under `root`, each made from the one before it."""
     rng = np.random.default_rng(seed)
     shards = {f"model-0000{i}-of-00002.safetensors": rng.standard_normal((64, 32 + i)) for i in (1, 2)}
@@ -105,14 +112,19 @@ def make_stages(root: Path, *, seed: int = 0, gates: tuple[Gate, ...] = PASSED, 
         w.write_bytes("model.safetensors", save({"fc": rng.standard_normal((8, 8)).astype(np.float32)}))
         w.write_json("config.json", {"architectures": ["LlamaForCausalLMEagle3"]})
         drafted = w.seal({})
-    make_evidence(root / "evidence", extended.digest, drafted.digest, gates)
+    make_evidence(root / "evidence", extended.digest, drafted.digest, gates, metrics=evidence_metrics)
     private = root / "key.pem"
     public = signature.generate_keys(private)
     return Stages(root, recipe(**sections), private, public)
 
 
 def make_evidence(
-    out: Path, context: str, draft: str, gates: tuple[Gate, ...], measured: str | None = None
+    out: Path,
+    context: str,
+    draft: str,
+    gates: tuple[Gate, ...],
+    measured: str | None = None,
+    metrics: dict[str, Any] | None = None,
 ) -> Manifest:
     """Seal a report about `context` with `draft`; `measured`: the digest that it names instead."""
     subject = measured or f"{context}:dequantized+{draft}x3"
@@ -166,7 +178,7 @@ def make_evidence(
     with ArtifactWriter(out, stage="evidence", recipe_digest="sha256:r", inputs=inputs) as writer:
         writer.write_text("report.json", report.model_dump_json(indent=1))
         writer.write_text("report.md", "# Tiny")
-        return writer.seal({})
+        return writer.seal(metrics or {})
 
 
 def digest_of(folder: Path) -> str:

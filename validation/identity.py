@@ -150,11 +150,11 @@ def compare_outputs(
     differences: list[Difference] = []
     noise: list[float] = []
     for a, b in zip(reference.outputs, candidate.outputs, strict=True):
-        position = _first_difference(a.tokens, b.tokens)
-        agreed = position if position is not None else len(a.tokens)
+        found = first_difference(a, [t.token for t in b.tokens], b.text, near_tie_nats=near_tie_nats)
+        agreed = len(a.tokens) if found is None else found.position
         noise += [abs(x.logprob - y.logprob) for x, y in zip(a.tokens[:agreed], b.tokens, strict=False)]
-        if position is not None:
-            differences.append(_difference(a, b, position, near_tie_nats))
+        if found is not None:
+            differences.append(found)
     n = len(reference.outputs)
     return IdentityResult(
         reference=reference.label,
@@ -176,16 +176,36 @@ def compare_outputs(
 _END = "(end)"
 
 
-def _first_difference(a: Sequence[TokenOutput], b: Sequence[TokenOutput]) -> int | None:
+def first_difference(
+    reference: TokenSequence,
+    tokens: Sequence[str],
+    text: str,
+    *,
+    near_tie_nats: float = NEAR_TIE_NATS,
+) -> Difference | None:
+    """Where another answer to the same question parts from `reference`; None: nowhere.
+
+    Args:
+        reference: with log-probabilities, which tell how near a tie was.
+        tokens: of the other answer, named as those of `reference` are (`token_id:17`).
+        text: of the other answer.
+    """
+    position = _first_difference([t.token for t in reference.tokens], tokens)
+    return None if position is None else _difference(reference, tokens, text, position, near_tie_nats)
+
+
+def _first_difference(a: Sequence[str], b: Sequence[str]) -> int | None:
     for position, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x.token != y.token:
+        if x != y:
             return position
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
-def _difference(a: TokenSequence, b: TokenSequence, position: int, near_tie_nats: float) -> Difference:
+def _difference(
+    a: TokenSequence, tokens: Sequence[str], text: str, position: int, near_tie_nats: float
+) -> Difference:
     ours = a.tokens[position] if position < len(a.tokens) else None
-    theirs = b.tokens[position].token if position < len(b.tokens) else _END
+    theirs = tokens[position] if position < len(tokens) else _END
     gap = bound = None
     if ours is not None:
         listed = dict(ours.top)
@@ -194,7 +214,7 @@ def _difference(a: TokenSequence, b: TokenSequence, position: int, near_tie_nats
         elif theirs != _END and listed:
             bound = ours.logprob - min(listed.values())
     agreed = 0
-    while agreed < min(len(a.text), len(b.text)) and a.text[agreed] == b.text[agreed]:
+    while agreed < min(len(a.text), len(text)) and a.text[agreed] == text[agreed]:
         agreed += 1
     return Difference(
         id=a.id,
@@ -206,7 +226,7 @@ def _difference(a: TokenSequence, b: TokenSequence, position: int, near_tie_nats
         gap_at_least_nats=bound,
         near_tie=gap is not None and gap <= near_tie_nats,
         reference_text=a.text,
-        candidate_text=b.text,
+        candidate_text=text,
     )
 
 

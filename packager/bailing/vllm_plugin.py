@@ -5,7 +5,11 @@ vLLM calls `register` (entry point group `vllm.general_plugins`) in every proces
 
 from __future__ import annotations
 
+import os
+
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
+SYNTHETIC_ON_CPU = "PACKAGER_SYNTHETIC_ACCEPTANCE"
+"""Set in the environment of a server that measures speed at an acceptance given beforehand."""
 _CLASS = "packager.bailing.vllm_model:BailingMoeV2ForCausalLM"
 
 
@@ -20,3 +24,7 @@ def register() -> None:
 
     hf_config.register()
     ModelRegistry.register_model(ARCHITECTURE, _CLASS)
+    if os.environ.get(SYNTHETIC_ON_CPU):
+        from packager.bailing import vllm_synthetic
+
+        vllm_synthetic.register()

@@ -28,7 +28,7 @@ from packager.artifact import (
 from packager.bundle.card import license_note, model_card
 from packager.bundle.contents import TOLERATED, path_problem
 from packager.bundle.lock import LOCK_NAME, Lock, build_lock
-from packager.bundle.serve_profiles import serve_yaml
+from packager.bundle.serve_profiles import measured_speculation, serve_yaml
 from packager.bundle.signature import SIGNATURE_NAME, open_signature, private_fingerprint, sign
 from packager.bundle.verify import STAGE
 from packager.errors import BadInput
@@ -111,8 +111,10 @@ def _assemble(
         if writer.done("config.json") is None:
             raise BadInput(f"{folders['context']} has no config.json: it is not a checkpoint")
         writer.write_text(LOCK_NAME, lock.dumps())
+        measured = measured_speculation(lock.stages["evidence"].manifest.metrics)
         writer.write_text(
-            "serve.yaml", serve_yaml(recipe, draft=has_draft, trained_length=lock.trained_length)
+            "serve.yaml",
+            serve_yaml(recipe, draft=has_draft, measured=measured, trained_length=lock.trained_length),
         )
         writer.write_text("LICENSE-NOTE.md", license_note(recipe))
         card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)

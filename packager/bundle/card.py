@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.bundle.lock import REPORT_NAME, Lock
-from packager.bundle.serve_profiles import HOST, PORT, profiles, served_name
+from packager.bundle.serve_profiles import HOST, PORT, measured_speculation, profiles, served_name
 from packager.errors import BadInput
 from packager.recipe import Recipe
 
@@ -48,6 +48,7 @@ def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signe
     )
     environment.filters |= {"cell": _cell, "points": _points, "bound": _bound, "outcome": _OUTCOMES.get}
     environment.filters["decibels"] = lambda value: "exact" if value is None else f"{value:.2f}"
+    measured = measured_speculation(lock.stages["evidence"].manifest.metrics)
     weights = sum(e.size for e in lock.stages["context"].manifest.files if e.path.endswith(".safetensors"))
     body = environment.get_template("card.md.jinja").render(
         recipe=recipe,
@@ -57,7 +58,7 @@ def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signe
         draft=draft,
         signer=signer,
         weights=f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB",
-        profiles=profiles(recipe, draft=draft),
+        profiles=profiles(recipe, draft=draft, measured=measured),
         trained_length=lock.trained_length,
         served_name=served_name(recipe),
         address=f"http://{HOST}:{PORT}",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from packager.recipe import Recipe
+from packager.recipe import Recipe, SpeculationRange
 from packager.serving import ServeSpec, vllm_command
 
 ENGINE_VERSIONS = ">=0.32,<0.33"
@@ -25,6 +26,8 @@ class Profile:
     name: str
     device: Literal["cpu", "cuda"]
     tensor_parallel: int
+    speculation: tuple[SpeculationRange, ...]
+    """Draft tokens by number of requests; empty: the same for any number."""
     command: tuple[str, ...]
     """Run inside the bundle's directory."""
 
@@ -39,36 +42,71 @@ def served_name(recipe: Recipe) -> str:
     return recipe.publish.target.rstrip("/").rsplit("/", 1)[-1] or recipe.name
 
 
-def profiles(recipe: Recipe, *, draft: bool) -> list[Profile]:
-    """The recipe's hardware first, then the other device for those who have that."""
+def measured_speculation(evidence: Mapping[str, Any]) -> tuple[SpeculationRange, ...]:
+    """The draft length by batch that the evidence (its manifest's metrics) found fastest; () if it says
+    none."""
+    return tuple(SpeculationRange.model_validate(one) for one in evidence.get("speculation") or ())
+
+
+def profiles(recipe: Recipe, *, draft: bool, measured: tuple[SpeculationRange, ...] = ()) -> list[Profile]:
+    """The recipe's hardware first, then the other device for those who have that.
+
+    `measured` is what the evidence found to be the fastest draft length by batch. It holds for the hardware
+    it was measured on, which is the recipe's, and the recipe's own `serve.speculation` comes before it.
+    """
     match = re.fullmatch(r"(\d+)x\w+", recipe.hardware)
     count = int(match[1]) if match else 1
     own: Literal["cpu", "cuda"] = "cpu" if recipe.hardware == "cpu" else "cuda"
     other: Literal["cpu", "cuda"] = "cuda" if own == "cpu" else "cpu"
-    made = [_profile(recipe, recipe.hardware, own, count, draft)]
+    made = [_profile(recipe, recipe.hardware, own, count, draft, measured)]
     if own == "cpu":
-        made.append(_profile(recipe, "1xgpu", other, 1, draft))
+        made.append(_profile(recipe, "1xgpu", other, 1, draft, ()))
     return made
 
 
 def _profile(
-    recipe: Recipe, name: str, device: Literal["cpu", "cuda"], tensor_parallel: int, draft: bool
+    recipe: Recipe,
+    name: str,
+    device: Literal["cpu", "cuda"],
+    tensor_parallel: int,
+    draft: bool,
+    measured: tuple[SpeculationRange, ...],
 ) -> Profile:
     spec = ServeSpec(
         model=Path(),
         served_name=served_name(recipe),
         draft=Path("draft") if draft else None,
         num_speculative_tokens=recipe.draft.num_speculative_tokens,
+        speculation=recipe.serve.speculation or measured,
+        speculation_max_context=recipe.serve.speculation_max_context,
         max_model_len=recipe.context.length,
         tensor_parallel=tensor_parallel,
     )
+    ranges = spec.speculation if draft else ()
     command = vllm_command(spec, host=HOST, port=PORT, python="python", target=device)
-    return Profile(name, device, tensor_parallel, tuple(command))
+    return Profile(name, device, tensor_parallel, ranges, tuple(command))
 
 
-def serve_yaml(recipe: Recipe, *, draft: bool, trained_length: int | None = None) -> str:
-    """The text of `serve.yaml`. `trained_length` in tokens, as the context stage found it."""
-    made = profiles(recipe, draft=draft)
+def _speculation(recipe: Recipe, profile: Profile, draft: bool) -> dict[str, Any]:
+    """The profile's settings that say when not to draft; only those that there are."""
+    found: dict[str, Any] = {}
+    if profile.speculation:
+        found["speculation"] = [one.model_dump(exclude_none=True) for one in profile.speculation]
+    if draft and recipe.serve.speculation_max_context is not None:
+        found["speculation_max_context"] = recipe.serve.speculation_max_context
+    return found
+
+
+def serve_yaml(
+    recipe: Recipe,
+    *,
+    draft: bool,
+    measured: tuple[SpeculationRange, ...] = (),
+    trained_length: int | None = None,
+) -> str:
+    """The text of `serve.yaml`; `measured` as in `profiles`, `trained_length` in tokens, as the context
+    stage found it."""
+    made = profiles(recipe, draft=draft, measured=measured)
     document: dict[str, Any] = {
         "schema_version": 1,
         "engine": "vllm",
@@ -86,6 +124,7 @@ def serve_yaml(recipe: Recipe, *, draft: bool, trained_length: int | None = None
             profile.name: {
                 "device": profile.device,
                 "tensor_parallel": profile.tensor_parallel,
+                **_speculation(recipe, profile, draft),
                 "args": list(profile.command),
             }
             for profile in made

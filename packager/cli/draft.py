@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,6 +10,7 @@ import click
 from pydantic import ValidationError
 
 from packager.cli import options
+from packager.cli.draft_evaluate import breakeven_command, evaluate_command
 from packager.cli.output import progress, training_bar
 from packager.errors import BadInput, UsageProblem
 from packager.recipe import DraftLoss, DraftSpec, StatesDtype, load_recipe
@@ -211,8 +210,22 @@ def train_command(target: Path, workdir: Path, as_json: bool, **settings: Any) -
 @click.argument("target", type=_DIRECTORY)
 @click.argument("workdir", type=_DIRECTORY)
 @click.argument("out", type=_DIRECTORY)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("engines", "speculators")),
+    default="engines",
+    show_default=True,
+    help="engines: one checkpoint for vLLM and SGLang. speculators: for `vllm serve OUT`.",
+)
+@click.option(
+    "--verifier",
+    help="Hub name or folder of the target that a speculators export names.  [default: TARGET as given]",
+)
 @options.as_json
-def export_command(target: Path, workdir: Path, out: Path, as_json: bool) -> None:
+def export_command(
+    target: Path, workdir: Path, out: Path, form: str, verifier: str | None, as_json: bool
+) -> None:
     """Write the trained head of WORKDIR to OUT as one checkpoint for vLLM and SGLang."""
     from packager.draft.prepare import target_digest
     from packager.draft.stage import TRAINING_STATE, export, train
@@ -224,7 +237,12 @@ def export_command(target: Path, workdir: Path, out: Path, as_json: bool) -> Non
         target, spec, _prepared(target, workdir), progress
     )  # reads the checkpoint, finishes the rest
     manifest = export(
-        out, trained, target, recipe_digest=spec.digest, inputs={"target": target_digest(target)}
+        out,
+        trained,
+        target,
+        recipe_digest=spec.digest,
+        inputs={"target": target_digest(target)},
+        verifier=(verifier or str(target)) if form == "speculators" else None,
     )
     _finish(
         as_json,
@@ -233,75 +251,5 @@ def export_command(target: Path, workdir: Path, out: Path, as_json: bool) -> Non
     )
 
 
-@command.command("evaluate")
-@click.argument("target", type=_DIRECTORY)
-@click.argument("draft", type=_DIRECTORY)
-@click.option(
-    "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it held-out nano items."
-)
-@click.option("--count", type=click.IntRange(min=1), default=60, show_default=True)
-@click.option(
-    "--tokens", type=click.IntRange(min=1), default=3, show_default=True, help="Draft tokens a step (K)."
-)
-@click.option("--max-response-tokens", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--check-only", is_flag=True, help="Check the files; serve nothing.")
-@options.as_json
-def evaluate_command(
-    target: Path,
-    draft: Path,
-    source: Path | None,
-    count: int,
-    tokens: int,
-    max_response_tokens: int,
-    concurrency: int,
-    check_only: bool,
-    as_json: bool,
-) -> None:
-    """Check DRAFT, ours or somebody else's, and measure its acceptance on TARGET served by vLLM."""
-    from packager.checkpoint.source import Checkpoint
-    from packager.draft.validator import validate_draft
-
-    problems = validate_draft(draft, Checkpoint.open(target).config())
-    for problem in problems:
-        progress(f"problem: {problem}")
-    if check_only:
-        _finish(as_json, {"problems": problems}, f"{len(problems)} problems in {draft}")
-        if problems:
-            sys.exit(BadInput.exit_code)
-        return
-
-    from packager.draft.acceptance import evaluate
-    from packager.serving import Server, ServeSpec
-
-    if source is None:
-        from packager.nano import language
-
-        prompts: list[dict[str, Any]] = language.heldout_items(-(-count // len(language.TASKS)))
-    else:
-        prompts = _prompts(source, count)
-    log = Path(tempfile.mkdtemp(prefix="draft-evaluate-")) / "server.log"
-    serve = ServeSpec(target, draft=draft, num_speculative_tokens=tokens)
-    with Server(serve, log) as server:
-        found = evaluate(
-            server.url,
-            serve.served_name,
-            server.metrics,
-            prompts[:count],
-            max_tokens=max_response_tokens,
-            concurrency=concurrency,
-        )
-    rates = " ".join(f"{rate:.3f}" for rate in found.total.per_position)
-    lines = [f"acceptance length {found.total.length:.2f} with {tokens} draft tokens (by position: {rates})"]
-    for kind, reports in (("task", found.by_task), ("language", found.by_language)):
-        lines += [f"  {kind} {name}: {report.length:.2f}" for name, report in reports.items()]
-    _finish(
-        as_json,
-        {
-            "num_speculative_tokens": tokens,
-            "concurrency": concurrency,
-            "problems": problems,
-            **found.as_dict(),
-        },
-        "\n".join(lines),
-    )
+command.add_command(evaluate_command)
+command.add_command(breakeven_command)

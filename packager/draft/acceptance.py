@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -72,32 +73,90 @@ def acceptance_from_metrics(before: Mapping[str, float], after: Mapping[str, flo
     return AcceptanceReport(drafts, accepted, tuple(rates))
 
 
-def send_prompts(
-    url: str, model: str, prompts: Sequence[Mapping[str, Any]], *, max_tokens: int, concurrency: int = 1
-) -> list[str]:
-    """Greedy chat completions of `prompts` (each with `messages`), in order.
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Generated tokens, the end of the turn included; empty if the server does not give ids."""
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of one pass over some prompts, in their order, and how long the pass took."""
+
+    answers: tuple[Answer, ...]
+    seconds: float
+    """Wall time from the first request to the last answer."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated in all."""
+        return sum(answer.output_tokens for answer in self.answers)
+
+
+def ask(
+    url: str,
+    model: str,
+    prompts: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int,
+    concurrency: int = 1,
+    ignore_eos: bool = False,
+) -> Answers:
+    """Greedy chat completions of `prompts` (each with `messages`).
+
+    Args:
+        url: of the server, without `/v1`.
+        ignore_eos: generate exactly `max_tokens`, whatever they are.
 
     Raises:
         RemoteFailure: the server did not answer one of them.
     """
+    address = f"{url.rstrip('/')}/v1/chat/completions"
 
-    def ask(prompt: Mapping[str, Any]) -> str:
-        body = {"model": model, "messages": prompt["messages"], "temperature": 0, "max_tokens": max_tokens}
+    def one(prompt: Mapping[str, Any]) -> Answer:
+        body = {
+            "model": model,
+            "messages": prompt["messages"],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "return_token_ids": True,
+        }
+        if ignore_eos:
+            body["ignore_eos"] = True
         request = urllib.request.Request(
-            f"{url.rstrip('/')}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            address, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=600) as reply:
-                return str(json.load(reply)["choices"][0]["message"]["content"])
-        except (OSError, urllib.error.URLError, ValueError, KeyError) as err:
+                document = json.load(reply)
+            choice, usage = document["choices"][0], document["usage"]
+            return Answer(
+                str(choice["message"]["content"] or ""),
+                tuple(choice.get("token_ids") or ()),
+                int(usage["prompt_tokens"]),
+                int(usage["completion_tokens"]),
+                str(choice.get("finish_reason")),
+            )
+        except urllib.error.HTTPError as err:
+            said = " ".join(err.read().decode(errors="replace").split())[:300]
+            raise RemoteFailure(
+                f"{url} refused a prompt with HTTP {err.code}: {said}", "Look into the server's log."
+            ) from err
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as err:
             raise RemoteFailure(
                 f"{url} did not answer a prompt: {err}", "Look into the server's log."
             ) from err
 
     with ThreadPoolExecutor(concurrency) as pool:
-        return list(pool.map(ask, prompts))
+        began = time.perf_counter()
+        answers = tuple(pool.map(one, prompts))
+        return Answers(answers, time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -106,6 +165,7 @@ class Evaluation:
 
     total: AcceptanceReport
     by_task: dict[str, AcceptanceReport]
+    """A task or language whose answers left nothing to draft is not in it."""
     by_language: dict[str, AcceptanceReport]
 
     def as_dict(self) -> dict[str, Any]:
@@ -143,18 +203,22 @@ def evaluate(
     readings = [dict(metrics())]
     names = sorted(groups)
     for name in names:
-        send_prompts(url, model, groups[name], max_tokens=max_tokens, concurrency=concurrency)
+        ask(url, model, groups[name], max_tokens=max_tokens, concurrency=concurrency)
         readings.append(dict(metrics()))
 
-    def over(chosen: list[int]) -> AcceptanceReport:
+    def over(chosen: list[int]) -> dict[str, float]:
         grown: dict[str, float] = {}
         for index in chosen:
             for key, value in readings[index + 1].items():
                 grown[key] = grown.get(key, 0.0) + value - readings[index].get(key, 0.0)
-        return acceptance_from_metrics({}, grown)
+        return grown
 
     def by(part: int) -> dict[str, AcceptanceReport]:
-        values = sorted({name[part] for name in names})
-        return {value: over([i for i, name in enumerate(names) if name[part] == value]) for value in values}
+        found = {}
+        for value in sorted({name[part] for name in names}):
+            grown = over([i for i, name in enumerate(names) if name[part] == value])
+            if _grown({}, grown, DRAFTS):
+                found[value] = acceptance_from_metrics({}, grown)
+        return found
 
-    return Evaluation(over(list(range(len(names)))), by(0), by(1))
+    return Evaluation(acceptance_from_metrics({}, over(list(range(len(names))))), by(0), by(1))

@@ -15,7 +15,7 @@ from packager.artifact import ArtifactWriter, Manifest
 from packager.checkpoint.source import Checkpoint
 from packager.draft.config import draft_config
 from packager.draft.curve import LOG_NAME, PLOT_NAME, read_log, training_svg
-from packager.draft.export import write_draft
+from packager.draft.export import write_draft, write_speculators
 from packager.draft.prepare import DraftData, prepare, target_digest
 from packager.draft.ranks import joined, leads, processes_here
 from packager.draft.vocabulary import VocabularyMap, choose_vocabulary, count_tokens, coverage
@@ -200,16 +200,28 @@ def train(
 
 
 def export(
-    out: Path, trained: TrainedDraft, target: Path, *, recipe_digest: str, inputs: Mapping[str, str]
+    out: Path,
+    trained: TrainedDraft,
+    target: Path,
+    *,
+    recipe_digest: str,
+    inputs: Mapping[str, str],
+    verifier: str | None = None,
 ) -> Manifest:
-    """Seal a trained draft as an artifact in `out`.
+    """Seal a trained draft as an artifact in `out`: for vLLM and SGLang, or, with `verifier` (hub name or
+    folder of the target), in the form of the speculators library.
 
     Raises:
         BadInput: `out` is taken, or the export does not pass the validator.
     """
     tools = {name: metadata.version(name) for name in ("torch", "safetensors", "matplotlib")}
     with ArtifactWriter(out, stage=STAGE, recipe_digest=recipe_digest, inputs=dict(inputs)) as writer:
-        write_draft(writer, trained.trainer.head, trained.vocabulary, Checkpoint.open(target).config())
+        config, head = Checkpoint.open(target).config(), trained.trainer.head
+        if verifier is None:
+            write_draft(writer, head, trained.vocabulary, config)
+        else:
+            tokens = trained.trainer.spec.num_speculative_tokens
+            write_speculators(writer, head, trained.vocabulary, config, verifier=verifier, tokens=tokens)
         writer.write_json("training.json", trained.trainer.settings())
         rows = read_log(trained.trainer.log)
         writer.write_bytes(LOG_NAME, "".join(json.dumps(row) + "\n" for row in rows).encode())

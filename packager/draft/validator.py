@@ -14,6 +14,7 @@ from typing import Any
 from packager.checkpoint.header import TensorInfo
 from packager.checkpoint.source import Checkpoint, read_json_object
 from packager.draft.config import ARCHITECTURE, TOKEN_IDS, rope_of, tensor_shapes, window_of
+from packager.draft.forms import Form, flat_config, form_of, is_speculators, our_name
 from packager.errors import BadInput
 from packager.layouts import FLOATS
 
@@ -33,21 +34,42 @@ _NEEDED = (
 def validate_draft(draft_dir: Path, target_config: Mapping[str, Any]) -> list[str]:
     """Every problem of the draft in `draft_dir` for a target with config.json `target_config`; [] if none.
 
-    Checks configuration (architecture, sizes, token ids, rotary embedding, horizon, aux layers of both
-    engines, options that SGLang lacks), tensors (names, shapes, dtypes), the vocabulary map (range,
-    injectivity, `t2d` agreeing with `d2t`) and left-over files.
+    Takes every form of `packager.draft.forms`. Checks configuration (architecture, sizes, token ids, rotary
+    embedding, horizon, aux layers of both engines, options that SGLang lacks), tensors (names, shapes,
+    dtypes), the vocabulary map (range, injectivity, `t2d` agreeing with `d2t`) and left-over files.
 
     Raises:
         BadInput: no config.json, or weights that are missing or unsound as files.
     """
-    config = read_json_object(draft_dir / "config.json")
-    problems = _config_problems(config, target_config)
+    raw = read_json_object(draft_dir / "config.json")
+    config = flat_config(raw)
+    problems = _speculators_problems(raw) if is_speculators(raw) else []
+    problems += _config_problems(config, target_config, portable=not is_speculators(raw))
     problems += _leftovers(draft_dir)
     missing = [name for name in _NEEDED if not isinstance(config.get(name), int)]
     if missing:
         return [*problems, f"config.json has no {', '.join(missing)}"]
     checkpoint = Checkpoint.open(draft_dir)
-    return problems + _tensor_problems(checkpoint, _with_aux(config))
+    return problems + _tensor_problems(checkpoint, _with_aux(config), form_of(raw, checkpoint.tensors))
+
+
+def _speculators_problems(config: Mapping[str, Any]) -> list[str]:
+    """What vLLM's reader of the speculators form needs beside the layer's config."""
+    problems = []
+    kind = config["speculators_model_type"]
+    if kind != "eagle3":
+        problems.append(f"speculators_model_type is {kind}, not eagle3")
+    stated = config.get("speculators_config") or {}
+    methods = stated.get("proposal_methods") or [{}]
+    if not methods[0].get("speculative_tokens"):
+        problems.append("speculators_config names no speculative_tokens")
+    if not (stated.get("verifier") or {}).get("name_or_path"):
+        problems.append("speculators_config names no verifier: `vllm serve DRAFT` would not find the target")
+    if "norm_before_residual" not in config:
+        problems.append(
+            "norm_before_residual is left out: vLLM takes it as on, the speculators library as off"
+        )
+    return problems
 
 
 def _with_aux(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +84,8 @@ def _leftovers(draft_dir: Path) -> list[str]:
     return [f"{name} does not belong into a published draft" for name in found]
 
 
-def _config_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+def _config_problems(config: Mapping[str, Any], target: Mapping[str, Any], *, portable: bool) -> list[str]:
+    """Problems of a flat config; `portable`: SGLang is to load it too."""
     problems: list[str] = []
     architectures = config.get("architectures") or []
     if not any(name in _ARCHITECTURES for name in architectures):
@@ -82,7 +105,7 @@ def _config_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> li
     for key in TOKEN_IDS:
         problems += _token_problems(key, config.get(key), target)
     problems += _rope_problems(config, target)
-    problems += _aux_problems(config, target)
+    problems += _aux_problems(config, target, portable)
     if window_of(config) is None and (
         config.get("sliding_window") or "sliding_attention" in (config.get("layer_types") or [])
     ):
@@ -90,6 +113,8 @@ def _config_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> li
             f"sliding_window {config.get('sliding_window')} with layer_types {config.get('layer_types')}: "
             "vLLM has the window only with both of them, and would attend to everything"
         )
+    if not portable:
+        return problems
     nested = config.get("eagle_config") or {}
     for key in _VLLM_ONLY:
         if config.get(key) or nested.get(key):
@@ -133,7 +158,7 @@ def _rope_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> list
     return problems
 
 
-def _aux_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+def _aux_problems(config: Mapping[str, Any], target: Mapping[str, Any], portable: bool) -> list[str]:
     layers = target["num_hidden_layers"]
     top = config.get("eagle_aux_hidden_state_layer_ids")
     nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
@@ -150,7 +175,7 @@ def _aux_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[
         problems.append(
             f"aux layer ids {top} for vLLM and {nested} (plus one) for SGLang are different layers"
         )
-    if not top or not nested:
+    if (not top or not nested) and portable:
         lacking, reader = (
             ("eagle_config", "SGLang") if not nested else ("the top level", "vLLM, which adds nothing,")
         )
@@ -158,16 +183,24 @@ def _aux_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> list[
     return problems
 
 
-def _tensor_problems(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+def _tensor_problems(checkpoint: Checkpoint, config: Mapping[str, Any], form: Form) -> list[str]:
     problems: list[str] = []
+    if form == "layers":
+        problems.append("tensors are named layers.0.*: older SGLang knows midlayer.* only")
+    tensors = {our_name(name, form): info for name, info in checkpoint.tensors.items()}
     expected = tensor_shapes(config)
     optional: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (config["vocab_size"], config["hidden_size"])
     }
     if config["draft_vocab_size"] == config["vocab_size"]:
         optional |= {name: expected.pop(name) for name in ("d2t", "t2d")}
+    if form == "speculators":  # the library keeps the target's own beside the draft's
+        optional |= {
+            "verifier_norm.weight": (config["hidden_size"],),
+            "verifier_lm_head.weight": (config["draft_vocab_size"], config["hidden_size"]),
+        }
     for name, shape in (expected | optional).items():
-        info = checkpoint.tensors.get(name)
+        info = tensors.get(name)
         if info is None:
             if name in expected:
                 problems.append(f"tensor {name} is missing")
@@ -175,7 +208,7 @@ def _tensor_problems(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[
             problems.append(f"tensor {name} has shape {list(info.shape)}, expected {list(shape)}")
         elif info.dtype not in _dtypes(name):
             problems.append(f"tensor {name} is {info.dtype}, expected {' or '.join(_dtypes(name))}")
-    for name in checkpoint.tensors.keys() - expected.keys() - optional.keys():
+    for name in sorted(tensors.keys() - expected.keys() - optional.keys()):
         hint = " (older SGLang knows midlayer.* only)" if name.startswith("layers.0.") else ""
         problems.append(f"tensor {name} is unknown to the engines{hint}")
     return problems + _map_problems(checkpoint, config)

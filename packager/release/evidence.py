@@ -312,6 +312,13 @@ def collect_evidence(
     )
 
     found = measure(recipe, workspace, variants, say)
+    alarms = acceptance_alarms(
+        next((stage.metrics for stage in before if stage.name == "draft"), {}),
+        found.with_draft,
+        recipe.draft.num_speculative_tokens,
+    )
+    for line in alarms:
+        say(f"  {line}")
     runs = {run.subject: run.label for run in (*found.accuracy, *((found.dense,) if found.dense else ()))}
     report = build_report(
         ReportInputs(
@@ -340,6 +347,7 @@ def collect_evidence(
             notes=(
                 f"{recipe.quantize.weights} without YaRN was served with its position limit lifted, which "
                 "changes no rotation.",
+                *alarms,
             ),
         )
     )
@@ -348,7 +356,38 @@ def collect_evidence(
     ) as writer:
         for path in write_report(report, workspace.evidence).values():
             writer.adopt(path.name)
-        return writer.seal(summary(report, found))
+        return writer.seal(
+            summary(report, found)
+            | {
+                "speculation": speculation(
+                    found.without_draft, found.with_draft, recipe.draft.num_speculative_tokens
+                )
+            }
+        )
+
+
+def acceptance_alarms(drafted: Mapping[str, Any], served: ThroughputRun, tokens: int) -> tuple[str, ...]:
+    """A sentence if the served acceptance length is not what training predicted (the draft's metrics)."""
+    from packager.draft.speedup import ALARM_SHARE, agreement
+
+    acceptance = served.cells[0].acceptance
+    found = agreement(drafted, tokens, acceptance.length) if acceptance else None
+    if found is None or not found.alarm:
+        return ()
+    return (
+        f"Acceptance length predicted in training {found.predicted:.2f}, served {found.served:.2f}: over "
+        f"{ALARM_SHARE:.0%} apart. Layer ids, positions or weights differ in serving, or the prompts do.",
+    )
+
+
+def speculation(without: ThroughputRun, drafted: ThroughputRun, tokens: int) -> list[dict[str, int]]:
+    """Draft tokens by batch for the serve settings: none where the draft made serving slower."""
+    from packager.draft.speedup import schedule
+    from validation.throughput import compare_throughput
+
+    ratios = compare_throughput(without, drafted)
+    best = {one.concurrency: tokens if one.ratio > 1 else 0 for one in ratios}
+    return [one.model_dump(exclude_none=True) for one in schedule(best)] if best else []
 
 
 def summary(report: Report, found: Measured) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from packager.bailing.vllm_plugin import SYNTHETIC_ON_CPU
 from packager.errors import BadInput
+from packager.recipe import SpeculationRange
 from packager.serving.cpu import CPU_ARGUMENTS, Device, cpu_environment, device
 
 
@@ -22,6 +24,13 @@ class ServeSpec:
     draft: Path | None = None
     """An EAGLE3 draft; None: plain decoding."""
     num_speculative_tokens: int = 3
+    speculation: tuple[SpeculationRange, ...] = ()
+    """Draft tokens by number of requests in a step; empty: `num_speculative_tokens` always."""
+    speculation_max_context: int | None = None
+    """Tokens beyond which nothing is drafted; None: no such limit. vLLM 0.32 decides it for a whole batch, by
+    its longest request, and verifies zeros in the drafts' place: that saves the draft's time alone."""
+    synthetic_acceptance_length: float | None = None
+    """Accept draft tokens at random so that a step yields this many on average; to measure speed alone."""
     max_model_len: int | None = None
     """Tokens of prompt and output together; None: what the checkpoint says."""
     hf_overrides: dict[str, Any] = field(default_factory=dict)
@@ -36,6 +45,39 @@ class ServeSpec:
             if path is not None and not (path / "config.json").is_file():
                 what = "has no config.json" if path.is_dir() else "is not a directory"
                 raise BadInput(f"the {role} {path} {what}", "Give the directory of a checkpoint.")
+
+
+def speculative_config(spec: ServeSpec) -> dict[str, Any] | None:
+    """vLLM's speculative config for `spec`; None without a draft, or if no batch is to have draft tokens.
+
+    vLLM 0.32 (config/speculative.py) switches the number of draft tokens by itself:
+    `num_speculative_tokens_per_batch_size` holds inclusive ranges of the number of requests in a step, the
+    last carried on, and `max_model_len` is the length from which it stops drafting for the whole batch.
+    """
+    if spec.draft is None:
+        return None
+    counts = [one.num_speculative_tokens for one in spec.speculation] or [spec.num_speculative_tokens]
+    if not max(counts):
+        return None
+    config: dict[str, Any] = {
+        "method": "eagle3",
+        "model": str(spec.draft),
+        "num_speculative_tokens": max(counts),
+    }
+    if len(set(counts)) > 1:
+        ranges, start = [], 1
+        for one in spec.speculation:
+            ranges.append([start, one.max_concurrency or start, one.num_speculative_tokens])
+            start = ranges[-1][1] + 1
+        config["num_speculative_tokens_per_batch_size"] = ranges
+    if spec.speculation_max_context is not None:
+        config["max_model_len"] = spec.speculation_max_context
+    if spec.synthetic_acceptance_length is not None:
+        config |= {
+            "rejection_sample_method": "synthetic",
+            "synthetic_acceptance_length": spec.synthetic_acceptance_length,
+        }
+    return config
 
 
 def vllm_command(
@@ -64,12 +106,8 @@ def vllm_command(
         command += ["--tensor-parallel-size", str(spec.tensor_parallel)]
     if spec.hf_overrides:
         command += ["--hf-overrides", json.dumps(spec.hf_overrides, sort_keys=True)]
-    if spec.draft is not None:
-        speculative = {
-            "method": "eagle3",
-            "model": str(spec.draft),
-            "num_speculative_tokens": spec.num_speculative_tokens,
-        }
+    speculative = speculative_config(spec)
+    if speculative is not None:
         command += ["--speculative-config", json.dumps(speculative)]
     if kind == "cpu":
         command += CPU_ARGUMENTS
@@ -84,4 +122,6 @@ def server_environment(spec: ServeSpec, target: Device | None = None) -> dict[st
     environment = dict(os.environ)
     if (target or device()) == "cpu":
         environment |= cpu_environment()
+    if spec.synthetic_acceptance_length is not None:
+        environment[SYNTHETIC_ON_CPU] = "1"
     return environment | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"} | spec.env

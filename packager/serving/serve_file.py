@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from packager.checkpoint.source import CONFIG_NAME, read_json_object
 from packager.errors import BadInput, UsageProblem
+from packager.recipe import SpeculationRange, check_speculation
 from packager.serving.cpu import Device, device
 from packager.serving.engine import ServeSpec
 
@@ -24,6 +25,14 @@ class Profile(BaseModel):
 
     device: Device
     tensor_parallel: int = Field(default=1, ge=1)
+    speculation: tuple[SpeculationRange, ...] = ()
+    """Draft tokens by number of requests; without it `num_speculative_tokens` for any number."""
+    speculation_max_context: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Profile:
+        check_speculation(self.speculation)
+        return self
 
 
 class ContextProfile(BaseModel):
@@ -110,6 +119,8 @@ def spec_for(directory: Path, *, profile: str | None = None, with_draft: bool = 
         served_name=found.served_name,
         draft=directory / found.draft if found.draft and with_draft else None,
         num_speculative_tokens=found.num_speculative_tokens or ServeSpec.num_speculative_tokens,
+        speculation=chosen.speculation,
+        speculation_max_context=chosen.speculation_max_context,
         max_model_len=found.max_model_len,
         tensor_parallel=chosen.tensor_parallel if device() == "cuda" else 1,
     )

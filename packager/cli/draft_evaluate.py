@@ -1,0 +1,418 @@
+"""`packager draft evaluate` and `packager draft breakeven`: what a draft is worth, and what it would have to
+be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from packager.cli import options
+from packager.cli.output import progress
+from packager.errors import BadInput, RemoteFailure, UsageProblem
+from packager.recipe import DraftSpec, load_recipe
+
+if TYPE_CHECKING:
+    from packager.release.draft_breakeven import Breakeven
+    from packager.release.draft_evaluation import DraftEvaluation
+
+WIDTH = 80
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_LISTED = 5
+
+
+def _numbers(
+    ctx: click.Context,  # noqa: ARG001 - the calling convention of click
+    param: click.Parameter,
+    value: str | None,
+) -> tuple[int, ...]:
+    """Whole numbers from 1 on, each once, ascending: of `1,3,5`, or of a range `1-7`."""
+    found: set[int] = set()
+    try:
+        for part in value.split(",") if value else ():
+            low, to, high = part.partition("-")
+            found.update(range(int(low), int(high if to else low) + 1))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not numbers such as 1,3,5 or 1-7", param=param) from None
+    if value and (not found or min(found) < 1):
+        raise click.BadParameter(f"{value!r}: give numbers from 1 on", param=param)
+    return tuple(sorted(found))
+
+
+def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
+    """The prompts of a file, or held-out items of the nano's language, `count` at most."""
+    if source is None:
+        from packager.nano import language
+
+        # Tasks in turn, so that a smaller count still has some of each.
+        per_task = -(-count // len(language.TASKS))
+        items = language.heldout_items(per_task)
+        return [items[task * per_task + i] for i in range(per_task) for task in range(len(language.TASKS))][
+            :count
+        ]
+    from packager.draft.prompts import read_prompts_file
+
+    return read_prompts_file(source)[:count]
+
+
+def _require_servable(target: Path) -> None:
+    """Raise BadInput if this machine's vLLM has no kernels for the weights of `target`."""
+    from packager.serving import fp8_runs_here
+    from packager.serving.serve_file import is_fp8
+
+    runs, reason = fp8_runs_here()
+    if is_fp8(target) and not runs:
+        raise BadInput(
+            f"{target} is FP8, and {reason}",
+            f"Run `packager dequantize {target} OUT` and give OUT.",
+        )
+
+
+def _long_prompts(source: Path | None, contexts: tuple[int, ...], count: int) -> list[dict[str, Any]]:
+    """Records that fill each of `contexts` tokens; with a file of prompts, its own lengths have to do."""
+    if source is not None or not contexts:
+        return []
+    from packager.nano import language
+    from packager.nano.architecture import TRAINED_LENGTH
+
+    if odd := [length for length in contexts if length % TRAINED_LENGTH]:
+        raise UsageProblem(
+            f"--context {odd[0]}: records are made for multiples of {TRAINED_LENGTH} tokens",
+            "Choose such lengths, or give prompts of your own with --prompts.",
+        )
+    return [row for length in contexts for row in language.long_items(length // TRAINED_LENGTH, count)]
+
+
+@click.command("evaluate")
+@click.argument("target", type=_DIRECTORY)
+@click.argument("draft", type=_DIRECTORY)
+@click.option("--import", "imported", is_flag=True, help="Somebody else's DRAFT, in any form engines know.")
+@click.option(
+    "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it held-out nano items."
+)
+@click.option("--count", type=click.IntRange(min=1), default=60, show_default=True, help="Prompts.")
+@click.option(
+    "--tokens",
+    callback=_numbers,
+    metavar="N,N,…",
+    default="3",
+    show_default=True,
+    help="Draft tokens a step: 1,3,5 or 1-7.",
+)
+@click.option(
+    "--concurrency",
+    callback=_numbers,
+    metavar="N,N,…",
+    default="1",
+    show_default=True,
+    help="For instance 1,16.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    callback=_numbers,
+    metavar="N,N,…",
+    help="Also by prompt length, up to each of these tokens.",
+)
+@click.option("--context-count", type=click.IntRange(min=1), default=12, show_default=True)
+@click.option("--max-response-tokens", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Timed passes; the fastest counts.",
+)
+@click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--check-only", is_flag=True, help="Check the files; serve nothing.")
+@options.as_json
+def evaluate_command(
+    target: Path,
+    draft: Path,
+    imported: bool,
+    source: Path | None,
+    count: int,
+    tokens: tuple[int, ...],
+    concurrency: tuple[int, ...],
+    contexts: tuple[int, ...],
+    context_count: int,
+    max_response_tokens: int,
+    repeats: int,
+    tensor_parallel: int,
+    check_only: bool,
+    as_json: bool,
+) -> None:
+    """Check DRAFT and measure on TARGET, served by vLLM, what it is worth.
+
+    One server without a draft and one for each --tokens: acceptance by task and language, whether greedy
+    output stays the same, speed against no draft at each --concurrency, where speculation stops to pay, and
+    the settings to serve with.
+    """
+    from packager.artifact import is_sealed, read_manifest
+    from packager.draft.imported import look_at
+    from packager.release.draft_evaluation import Plan, evaluate_draft
+    from packager.serving import ServeSpec
+
+    found = look_at(draft, target)
+    for problem in found.problems:
+        progress(f"problem: {problem}")
+    document: dict[str, Any] = {
+        "kind": "draft evaluation",
+        "schema_version": 1,
+        "target": str(target),
+        "draft": str(draft),
+        "form": found.form,
+        "problems": found.problems,
+        "cannot_be_measured": found.obstacles,
+    }
+    if check_only:
+        text = f"{len(found.problems)} problems in {draft} ({found.form})"
+        click.echo(json.dumps(document, ensure_ascii=False) if as_json else text)
+        if found.problems:
+            sys.exit(BadInput.exit_code)
+        return
+    if found.obstacles:
+        raise BadInput(
+            f"{draft} cannot be measured:\n" + "\n".join(f"  {one}" for one in found.obstacles),
+            "Convert it, or ask its publisher; --check-only lists all problems.",
+        )
+    _require_servable(target)
+    plan = Plan(
+        ServeSpec(target, tensor_parallel=tensor_parallel),
+        draft,
+        _prompts(source, count),
+        tokens,
+        concurrency,
+        max_response_tokens,
+        repeats,
+        contexts,
+        _long_prompts(source, contexts, context_count),
+    )
+    metrics = {} if imported or not is_sealed(draft) else read_manifest(draft).metrics
+    try:
+        result = evaluate_draft(plan, metrics, progress)
+    except RemoteFailure as err:
+        if not found.problems:
+            raise
+        listed = "\n".join(f"  {one}" for one in found.problems)
+        raise RemoteFailure(
+            f"the engine failed with a draft that has problems:\n{listed}\n{err.message}", err.remedy
+        ) from err
+    if as_json:
+        click.echo(json.dumps(document | result.as_dict(), ensure_ascii=False))
+    else:
+        _print_evaluation(result, found.problems)
+
+
+def _print_evaluation(result: DraftEvaluation, problems: list[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, width=WIDTH, highlight=False, markup=False)
+    plan = result.plan
+    fastest = f", fastest of {plan.repeats} passes" if plan.repeats > 1 else ""
+    click.echo(f"{len(plan.prompts)} prompts, answers up to {plan.max_tokens} tokens{fastest}")
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("K", "at once", "tokens/s", "speed", "length"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("accepted by position", no_wrap=True)
+    table.add_column("same", justify="right", no_wrap=True)
+    for level, cell in result.without.cells.items():
+        table.add_row("–", str(level), f"{cell.tokens_per_s:.0f}", "1.00x", "", "", "")
+    for run in result.runs:
+        for level, cell in run.cells.items():
+            accepted, same = cell.acceptance, cell.identity
+            table.add_row(
+                str(run.tokens),
+                str(level),
+                f"{cell.tokens_per_s:.0f}",
+                f"{result.speedups[run.tokens][level]:.2f}x",
+                f"{accepted.length:.2f}" if accepted else "",
+                _rates(accepted.per_position) if accepted else "",
+                f"{same.identical}/{same.of}" if same else "",
+            )
+    console.print(table)
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("acceptance length", no_wrap=True)
+    for run in result.runs:
+        table.add_column(f"K={run.tokens}", justify="right", no_wrap=True)
+    groups = [run.groups for run in result.runs if run.groups]
+    for kind in ("by_task", "by_language"):
+        for name in getattr(groups[0], kind):
+            reports = [getattr(group, kind).get(name) for group in groups]
+            table.add_row(name, *(f"{one.length:.2f}" if one else "–" for one in reports))
+    for length in result.without.contexts:
+        cells = [(run.contexts[length], result.context_speedups[run.tokens][length]) for run in result.runs]
+        table.add_row(
+            f"prompts up to {length} tokens (speed)",
+            *(
+                f"{cell.acceptance.length:.2f} ({ratio:.2f}x)" if cell.acceptance else "–"
+                for cell, ratio in cells
+            ),
+        )
+    console.print(table)
+
+    _print_findings(result, problems)
+
+
+def _print_findings(result: DraftEvaluation, problems: list[str]) -> None:
+    import yaml
+
+    click.echo("break-even concurrency")
+    for tokens, crossing in result.break_even.items():
+        click.echo(f"  K={tokens}: {crossing.text}")
+    best = ", ".join(
+        f"{level}: " + (f"K={tokens} ({ratio:.2f}x)" if tokens else "no draft")
+        for level, (tokens, ratio) in result.best.items()
+    )
+    click.echo(f"best by concurrency  {best}")
+    for tokens, agreed in result.predictions.items():
+        verdict = "ALARM, over 5 %" if agreed.alarm else "they agree"
+        click.echo(
+            f"predicted length     K={tokens}: {agreed.predicted:.2f} against {agreed.served:.2f} served "
+            f"({agreed.difference:+.1%}): {verdict}"
+        )
+    noise = result.batch_noise
+    click.echo(
+        f"without a draft      {noise.identical} of {noise.of} answers are the same at concurrency "
+        f"{result.plan.concurrency[0]} and {result.plan.concurrency[-1]}"
+    )
+    told = [
+        (run.tokens, level, one)
+        for run in result.runs
+        for level, cell in run.cells.items()
+        for one in (cell.identity.differences if cell.identity else ())
+    ]
+    if told:
+        ties = sum(one.near_tie for *_, one in told)
+        click.echo(f"answers that differ  {len(told)}, {ties} of them from a near tie of the target on:")
+    for tokens, level, one in told[:_LISTED]:
+        gap = f"{one.gap_nats:.3f} nats apart" if one.gap_nats is not None else "no near alternative"
+        click.echo(f"  K={tokens}, {level} at once, {one.id}: token {one.position}, {gap}")
+    if len(told) > _LISTED:
+        click.echo(f"  … and {len(told) - _LISTED} more")
+    if problems:
+        click.echo(f"problems of the files: {len(problems)}, listed above")
+    click.echo("settings to serve with (`serve` in a recipe, a profile in serve.yaml)")
+    for line in yaml.safe_dump(result.serve_settings(), sort_keys=False).splitlines():
+        click.echo(f"  {line}")
+
+
+def _rates(rates: tuple[float, ...]) -> str:
+    return " ".join(f"{rate:.2f}".removeprefix("0") for rate in rates)
+
+
+@click.command("breakeven")
+@click.argument("target", type=_DIRECTORY)
+@click.option("--recipe", type=_FILE, help="Take the draft's shape from a release recipe.")
+@click.option("--vocab-size", type=click.IntRange(min=1), help="Draft vocabulary.")
+@click.option("--aux-layers", callback=_numbers, metavar="N,N,…", help="Layers whose inputs feed the draft.")
+@click.option("--intermediate-size", type=click.IntRange(min=1))
+@click.option(
+    "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it held-out nano items."
+)
+@click.option("--count", type=click.IntRange(min=1), default=12, show_default=True, help="Prompts.")
+@click.option("--tokens", type=click.IntRange(min=1), default=3, show_default=True, help="Draft tokens (K).")
+@click.option(
+    "--concurrency",
+    callback=_numbers,
+    metavar="N,N,…",
+    default="1",
+    show_default=True,
+    help="For instance 1,16.",
+)
+@click.option("--output-tokens", type=click.IntRange(min=2), default=96, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Timed passes; the fastest counts.",
+)
+@click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True)
+@options.as_json
+def breakeven_command(
+    target: Path,
+    recipe: Path | None,
+    vocab_size: int | None,
+    aux_layers: tuple[int, ...],
+    intermediate_size: int | None,
+    source: Path | None,
+    count: int,
+    tokens: int,
+    concurrency: tuple[int, ...],
+    output_tokens: int,
+    repeats: int,
+    tensor_parallel: int,
+    as_json: bool,
+) -> None:
+    """The acceptance length at which a draft for TARGET would pay, before one is trained.
+
+    Serves TARGET with an untrained draft of the right shape whose tokens vLLM accepts at random.
+    """
+    from packager.release.draft_breakeven import measure_breakeven
+    from packager.serving import ServeSpec
+
+    given: dict[str, Any] = load_recipe(recipe).draft.model_dump() if recipe else {"prompts": 1, "steps": 1}
+    for key, value in (
+        ("vocab_size", vocab_size),
+        ("aux_layers", aux_layers or None),
+        ("intermediate_size", intermediate_size),
+    ):
+        if value is not None:
+            given[key] = value
+    if missing := [key for key in ("vocab_size", "aux_layers") if key not in given]:
+        raise UsageProblem(
+            f"--{missing[0].replace('_', '-')} is missing", "Give it, or a recipe that has it with --recipe."
+        )
+    _require_servable(target)
+    serve = ServeSpec(target, tensor_parallel=tensor_parallel)
+    found = measure_breakeven(
+        serve,
+        DraftSpec(**given),
+        _prompts(source, count),
+        tokens=tokens,
+        concurrency=concurrency,
+        output_tokens=output_tokens,
+        repeats=repeats,
+        say=progress,
+    )
+    if as_json:
+        document = {"kind": "draft breakeven", "schema_version": 1, "target": str(target), **found.as_dict()}
+        click.echo(json.dumps(document, ensure_ascii=False))
+    else:
+        _print_breakeven(found)
+
+
+def _print_breakeven(found: Breakeven) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from packager.release.draft_breakeven import SPEEDUPS
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("at once", "tokens/s without", *(f"{ratio:g}x needs" for ratio in SPEEDUPS), "line within"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for concurrency, level in found.levels.items():
+        table.add_row(
+            str(concurrency),
+            f"{level.without:.0f}",
+            *(_needed(level.length_for(ratio), found.tokens) for ratio in SPEEDUPS),
+            f"{level.line.worst_residual:.1%}",
+        )
+    click.echo(f"acceptance length needed with {found.tokens} draft tokens")
+    Console(file=sys.stdout, width=WIDTH, highlight=False, markup=False).print(table)
+
+
+def _needed(length: float | None, tokens: int) -> str:
+    if length is None or length > tokens + 1:
+        return "out of reach"
+    return "any" if length <= 1 else f"{length:.2f}"

@@ -1,0 +1,198 @@
+"""What an evaluation says of its measurements: JSON, settings to serve with, the table on a terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from packager.cli.draft_evaluate import _print_breakeven, _print_evaluation
+from packager.draft.acceptance import AcceptanceReport, Evaluation
+from packager.draft.speedup import Agreement, needed_acceptance
+from packager.draft.validator import validate_draft
+from packager.recipe import SpeculationRange
+from packager.release.draft_breakeven import Breakeven, Level, Point, write_untrained
+from packager.release.draft_evaluation import Cell, DraftEvaluation, Identity, Plan, ServerRun
+from packager.release.evidence import acceptance_alarms, speculation
+from packager.serving import ServeSpec
+from validation import throughput
+from validation.endpoint import TokenOutput
+from validation.identity import Difference, TokenSequence, first_difference
+from validation.throughput import Spread, ThroughputRun
+
+
+def _difference(near: bool) -> Difference:
+    other = -1.05 if near else -4.0
+    reference = TokenSequence(
+        id="dose-3",
+        text="ab",
+        finish_reason="stop",
+        tokens=(
+            TokenOutput(token="token_id:5", logprob=-0.1, top=(("token_id:5", -0.1),)),
+            TokenOutput(token="token_id:6", logprob=-1.0, top=(("token_id:6", -1.0), ("token_id:9", other))),
+        ),
+    )
+    found = first_difference(reference, ["token_id:5", "token_id:9"], "ac")
+    assert found is not None
+    return found
+
+
+def _report(rates: tuple[float, ...]) -> AcceptanceReport:
+    return AcceptanceReport(1000, round(1000 * sum(rates)), rates)
+
+
+def _run(tokens: int, speeds: dict[int, float], by_context: dict[int, float]) -> ServerRun:
+    report = _report(tuple(round(0.8**n, 4) for n in range(1, tokens + 1)))
+    difference = _difference(near=tokens == 7)
+    return ServerRun(
+        tokens,
+        {
+            level: Cell(1000, 1000 / speed, report, Identity(60, (difference,)))
+            for level, speed in speeds.items()
+        },
+        {length: Cell(100, 100 / speed, report) for length, speed in by_context.items()},
+        Evaluation(report, {"dose": report, "lookup": report}, {"en": report, "zh": report}),
+    )
+
+
+@pytest.fixture
+def found() -> DraftEvaluation:
+    """K = 3 is best at 1, none at 64; at 2048 tokens it is slower."""
+    plan = Plan(ServeSpec(Path("target")), Path("draft"), [{}] * 60, (3, 7), (1, 16, 64), 128, 2, (512, 2048))
+    without = ServerRun(
+        0,
+        {level: Cell(1000, 1000 / speed) for level, speed in {1: 100.0, 16: 800.0, 64: 1600.0}.items()},
+        {512: Cell(100, 1.0), 2048: Cell(100, 1.25)},
+        None,
+    )
+    runs = (
+        _run(3, {1: 150.0, 16: 1000.0, 64: 1500.0}, {512: 140.0, 2048: 70.0}),
+        _run(7, {1: 140.0, 16: 700.0, 64: 1000.0}, {512: 120.0, 2048: 60.0}),
+    )
+    return DraftEvaluation(plan, without, runs, Identity(60, ()), {3: Agreement(3.0, 2.8)})
+
+
+def test_settings_draft_where_it_pays_and_nowhere_else(found: DraftEvaluation) -> None:
+    assert found.best == {1: (3, 1.5), 16: (3, 1.25), 64: (0, 1.0)}
+    settings = found.serve_settings()
+    assert settings == {
+        "speculation": [
+            {"max_concurrency": 32, "num_speculative_tokens": 3},
+            {"num_speculative_tokens": 0},
+        ],
+        "speculation_max_context": 512,
+    }
+    for one in settings["speculation"]:
+        SpeculationRange.model_validate(one)
+
+
+def test_the_document_holds_every_figure_once_and_is_json(found: DraftEvaluation) -> None:
+    document = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert list(document) == [
+        "prompts", "max_response_tokens", "repeats", "concurrency", "without_draft", "with_draft",
+        "batch_noise", "best", "serve",
+    ]  # fmt: skip
+    three, seven = document["with_draft"]
+    assert three["num_speculative_tokens"] == 3
+    assert three["speedup"] == {"1": 1.5, "16": 1.25, "64": 0.9375}
+    assert three["context_speedup"] == pytest.approx({"512": 1.4, "2048": 0.875})
+    assert three["break_even"]["concurrency"] == pytest.approx(48.5, abs=0.5)
+    assert three["predicted"]["alarm"] is True
+    assert seven["predicted"] is None
+    assert three["by_task"]["dose"]["per_position"] == [0.8, 0.64, 0.512]
+    identity = three["by_concurrency"]["16"]["identity"]
+    assert (identity["identical"], identity["of"], identity["before_any_near_tie"]) == (59, 60, 1)
+    assert seven["by_concurrency"]["16"]["identity"]["before_any_near_tie"] == 0
+
+
+def test_the_table_fits_eighty_columns_and_says_what_matters(
+    found: DraftEvaluation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _print_evaluation(found, [])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert ".80 .64 .51 .41 .33 .26 .21" in said
+    assert "K=3: about 48" in said
+    assert "ALARM" in said
+    assert "59/60" in said
+    assert "speculation_max_context: 512" in said
+    assert "3 of them from a near tie" in said  # those of K = 7
+
+
+def _throughput(label: str, speeds: dict[int, float]) -> ThroughputRun:
+    spread = Spread(median=1.0, mean=1.0, p99=1.0)
+    cells = [
+        throughput.Cell(
+            concurrency=level, requests=1, completed=1, failed=0, input_tokens=1, output_tokens=1,
+            duration_s=1.0, output_tokens_per_s=speed, total_tokens_per_s=speed, ttft_ms=spread,
+            tpot_ms=spread, itl_ms=spread, acceptance=None, output_lengths=(1,),
+        )
+        for level, speed in speeds.items()
+    ]  # fmt: skip
+    return ThroughputRun(
+        label=label, subject=label, prompts=1, prompts_digest="sha256:0", output_tokens=1, lengths="natural",
+        matched_to=None, cells=tuple(cells),
+    )  # fmt: skip
+
+
+def test_a_release_drafts_only_where_it_measured_a_gain() -> None:
+    without = _throughput("plain", {1: 100.0, 8: 400.0})
+    assert speculation(without, _throughput("draft", {1: 140.0, 8: 390.0}), 4) == [
+        {"max_concurrency": 2, "num_speculative_tokens": 4},
+        {"num_speculative_tokens": 0},
+    ]
+    assert speculation(without, _throughput("draft", {1: 140.0, 8: 410.0}), 4) == [
+        {"num_speculative_tokens": 4}
+    ]
+    assert speculation(without, _throughput("draft", {16: 1.0}), 4) == []
+
+
+def test_a_report_says_when_serving_is_not_what_training_predicted() -> None:
+    def served(length: float) -> ThroughputRun:
+        accepted = throughput.Acceptance(
+            length=length, per_position=(), drafts=10, draft_tokens=30, accepted_tokens=20
+        )
+        run = _throughput("draft", {1: 100.0})
+        return run.model_copy(update={"cells": (run.cells[0].model_copy(update={"acceptance": accepted}),)})
+
+    metrics = {"predicted_acceptance": {"per_position": [0.8, 0.7, 0.5]}}
+    [alarm] = acceptance_alarms(metrics, served(2.5), 3)
+    assert "predicted in training 3.00, served 2.50" in alarm
+    assert acceptance_alarms(metrics, served(2.95), 3) == ()
+    assert acceptance_alarms({}, served(2.5), 3) == ()
+    assert acceptance_alarms(metrics, _throughput("plain", {1: 100.0}), 3) == ()
+
+
+def test_a_difference_knows_how_near_the_tie_was() -> None:
+    near, far = _difference(near=True), _difference(near=False)
+    assert (near.position, near.near_tie, round(near.gap_nats or 0, 3)) == (1, True, 0.05)
+    assert (far.position, far.near_tie, round(far.gap_nats or 0, 3)) == (1, False, 3.0)
+    assert near.agreed_text == "a"
+
+
+# ---- before training --------------------------------------------------------------------------------------
+
+
+def test_an_untrained_draft_has_the_shape_of_a_trained_one(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from draft_data import SPEC, TARGET
+
+    assert validate_draft(write_untrained(tmp_path / "draft", TARGET, SPEC), TARGET) == []
+
+
+def test_what_a_draft_must_reach_is_told_by_concurrency(capsys: pytest.CaptureFixture[str]) -> None:
+    def level(without: float, speeds: tuple[float, ...]) -> Level:
+        points = tuple(Point(x, x, y) for x, y in zip((1.0, 2.5, 4.0), speeds, strict=True))
+        return Level(without, points, needed_acceptance([(p.served, p.tokens_per_s) for p in points]))
+
+    found = Breakeven(3, {1: level(100.0, (80.0, 200.0, 320.0)), 16: level(900.0, (300.0, 750.0, 1200.0))})
+    needed = found.as_dict()["by_concurrency"]
+    assert needed["1"]["needed_length"] == pytest.approx({"1": 1.25, "1.5": 1.875})
+    assert needed["16"]["points"][2]["speedup"] == pytest.approx(4 / 3)
+    _print_breakeven(found)
+    said = capsys.readouterr().out
+    assert "1.25" in said
+    assert "1.88" in said
+    assert "3.00" in said
+    assert "out of reach" in said  # 1.5x at 16 would need 4.5 of at most 4
