@@ -60,7 +60,11 @@ def _no_theta(draft: Path) -> None:
 
 
 def _theta_of_another(draft: Path) -> None:
-    _edit(draft, rope_theta=500000.0, rope_parameters=None)
+    _edit(draft, rope_theta=500000.0, rope_parameters=None, rope_scaling=None)
+
+
+def _two_thetas(draft: Path) -> None:
+    _edit(draft, rope_theta=500000.0)
 
 
 def _horizon_of_its_training(draft: Path) -> None:
@@ -97,6 +101,7 @@ def _edit(draft: Path, **changed: Any) -> None:
         (_ids_beyond_the_vocabulary, ["bos_token_id 151643 is beyond", "eos_token_id 151645 is beyond"]),
         (_no_theta, ["no rope_theta"]),
         (_theta_of_another, ["rope rope_theta is 500000.0, the target's is 10000.0"]),
+        (_two_thetas, ["rope_theta is given twice, differently ([10000.0, 500000.0])"]),
         (_horizon_of_its_training, ["max_position_embeddings is 1024, the target reaches 2048"]),
         (_training_state, ["training_state.pt does not belong"]),
         (_sglang_reads_one_layer_further, ["[1, 2, 3] for vLLM and [1, 2, 3] (plus one) for SGLang"]),

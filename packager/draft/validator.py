@@ -137,6 +137,10 @@ def _rope_problems(config: Mapping[str, Any], target: Mapping[str, Any]) -> list
     ours, theirs = rope_of(config), rope_of(target)
     if ours["rope_theta"] is None:
         problems.append("no rope_theta: engines fall back to 10000")
+    places = (config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {})
+    thetas = sorted({place["rope_theta"] for place in places if place.get("rope_theta") is not None})
+    if len(thetas) > 1:
+        problems.append(f"rope_theta is given twice, differently ({thetas}); which one counts is up to luck")
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key) and not (key == "rope_theta" and ours[key] is None):
             problems.append(f"rope {key} is {ours.get(key)}, the target's is {theirs.get(key)}")
