@@ -231,6 +231,28 @@ def test_gradients_of_parts_are_those_of_the_whole(data: DraftData, target: Path
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_and_its_gradients_are_those_of_autograd(dtype: torch.dtype) -> None:
+    from packager.bailing.model import RMSNorm
+    from packager.draft.head import Norm
+
+    generator = torch.Generator().manual_seed(2)
+    values, towards = (torch.randn(5, 7, 24, generator=generator).to(dtype) for _ in range(2))
+    found = []
+    for kind in (RMSNorm, Norm):
+        norm = kind(24, 1e-5)
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(-1, 2, 24))
+        x = values.clone().requires_grad_()
+        out = norm(x)
+        (out * towards).sum().backward()
+        found.append((out, x.grad, norm.weight.grad))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for autograd, ours in zip(*found, strict=True):
+        assert autograd.dtype == ours.dtype
+        assert torch.allclose(autograd, ours, rtol=tolerance, atol=tolerance)
+
+
 # ---- losses -----------------------------------------------------------------------------------------------
 
 _THEIRS = {
