@@ -60,7 +60,7 @@ class DraftBatch:
 
 
 class _UnitScale(torch.autograd.Function):
-    """RMS norm with the gradient in closed form: on a CPU a third of the passes that autograd makes."""
+    """RMS norm with its gradient in closed form: fewer passes over memory than autograd makes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
