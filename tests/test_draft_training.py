@@ -160,8 +160,13 @@ def _torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[st
     )
 
 
+def _assert_same_losses(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    for row, other in zip(rows, others, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=2e-3), f"step {row['step']}"
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_go_on_from_its_checkpoint(
+def test_two_processes_train_as_one_and_go_on_from_one_anothers_checkpoints(
     tmp_path: Path, data: DraftData, target: Path
 ) -> None:
     """Same loss at every step within the rounding of BF16 products; one process speaks and writes."""
@@ -179,12 +184,23 @@ def test_two_processes_train_as_one_and_go_on_from_its_checkpoint(
 
     rows, ours = read_log(two / LOG_NAME), read_log(one / LOG_NAME)
     assert [row["step"] for row in rows] == list(range(1, 31))
-    for row, mine in zip(rows, ours, strict=True):
-        assert row["loss"] == pytest.approx(mine["loss"], rel=2e-3), f"step {row['step']}"
+    _assert_same_losses(rows, ours)
     assert rows[0]["loss"] == pytest.approx(ours[0]["loss"], rel=1e-5)
     assert ours[-1]["loss"] < 0.7 * ours[0]["loss"], "too little was learned to tell a difference"
     mine, theirs = load_file(one / TRAINING_STATE), load_file(two / TRAINING_STATE)
     assert {name: value.shape for name, value in theirs.items()} == {n: v.shape for n, v in mine.items()}
+
+    # A checkpoint of one process, of a run that was stopped, found by two.
+    def stop(now: Any) -> None:
+        if now.done == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(target, spec, DraftData(half, data.target), lambda _: None, on_step=stop)
+    done = _torchrun(2, str(target), str(half), *options)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from step 10" in done.stderr
+    _assert_same_losses(read_log(half / LOG_NAME), ours)
 
     # A checkpoint of two processes, found by one: it has nothing left to train.
     lines: list[str] = []
@@ -229,6 +245,28 @@ def test_gradients_of_parts_are_those_of_the_whole(data: DraftData, target: Path
     assert (thrice.counts, thrice.drafts) == (once.counts, once.drafts)
     for mine, theirs in zip(whole.head.parameters(), parts.head.parameters(), strict=True):
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_and_its_gradients_are_those_of_autograd(dtype: torch.dtype) -> None:
+    from packager.bailing.model import RMSNorm
+    from packager.draft.head import Norm
+
+    generator = torch.Generator().manual_seed(2)
+    values, towards = (torch.randn(5, 7, 24, generator=generator).to(dtype) for _ in range(2))
+    found = []
+    for kind in (RMSNorm, Norm):
+        norm = kind(24, 1e-5)
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(-1, 2, 24))
+        x = values.clone().requires_grad_()
+        out = norm(x)
+        (out * towards).sum().backward()
+        found.append((out, x.grad, norm.weight.grad))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for autograd, ours in zip(*found, strict=True):
+        assert autograd.dtype == ours.dtype
+        assert torch.allclose(autograd, ours, rtol=tolerance, atol=tolerance)
 
 
 # ---- losses -----------------------------------------------------------------------------------------------

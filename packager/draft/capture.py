@@ -73,6 +73,11 @@ def run(job: CaptureJob) -> None:
         options["enforce_eager"] = (
             True  # compiling takes longer than the small models that run here need in all
         )
+        if job.temperature:
+            # Behind a part of a prompt vLLM 0.32 rewinds the request's generator, which a CPU's cannot: the
+            # engine would die. Whole prompts need room for the longest.
+            room = max(4096, job.engine.get("max_model_len", 0))
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": room}
     options |= job.engine
     llm = LLM(
         model=job.target,

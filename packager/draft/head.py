@@ -59,6 +59,37 @@ class DraftBatch:
         return DraftBatch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
 
+class _UnitScale(torch.autograd.Function):
+    """RMS norm with its gradient in closed form: fewer passes over memory than autograd makes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        unit = wide * scale
+        ctx.save_for_backward(unit, scale, weight)
+        normed: Tensor = (unit * weight).to(x.dtype)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        unit, scale, weight = ctx.saved_tensors
+        gradient = gradients[0].float()
+        to_weight = (gradient * unit).flatten(0, -2).sum(0)
+        inner = gradient * weight
+        share = torch.linalg.vecdot(inner, unit).div_(-unit.shape[-1]).unsqueeze(-1)
+        to_input: Tensor = inner.addcmul_(unit, share).mul_(scale).to(gradients[0].dtype)
+        return to_input, to_weight, None
+
+
+class Norm(RMSNorm):
+    """RMSNorm, faster to differentiate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = _UnitScale.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return found
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Neox-style rotation of `x` [..., T, heads, dim] by tables [T, dim]."""
     a, b = x.chunk(2, dim=-1)
@@ -135,10 +166,10 @@ class Layer(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         hidden, eps = config["hidden_size"], config["rms_norm_eps"]
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.hidden_norm = RMSNorm(hidden, eps)
+        self.input_layernorm = Norm(hidden, eps)
+        self.hidden_norm = Norm(hidden, eps)
         self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = Norm(hidden, eps)
         self.mlp = MLP(hidden, config["intermediate_size"])
 
     def inputs(self, unit_embeds: Tensor, states: Tensor) -> Tensor:
@@ -168,7 +199,7 @@ class Eagle3Head(nn.Module):
         self.window = window_of(config)
         self.fc = nn.Linear(aux * hidden, hidden, bias=False)
         self.midlayer = Layer(config)
-        self.norm = RMSNorm(hidden, config["rms_norm_eps"])
+        self.norm = Norm(hidden, config["rms_norm_eps"])
         self.lm_head = nn.Linear(hidden, config["draft_vocab_size"], bias=False)
 
     def initialise(self, seed: int, head_rows: Tensor, norm: Tensor) -> None:
