@@ -86,7 +86,9 @@ def test_training_killed_at_random_moments_ends_with_the_same_bytes(
 ) -> None:
     """As often as PACKAGER_KILLS says: 10 take two minutes."""
     wanted = int(os.environ.get("PACKAGER_KILLS", "3"))
-    spec = SPEC.model_copy(update={"steps": 40 * wanted, "checkpoint_every": 5, "evaluate_every": 20})
+    spec = SPEC.model_copy(
+        update={"steps": 40 * wanted, "checkpoint_every": 5, "evaluate_every": 20, "optimizer": "muon"}
+    )
     (data.workdir / "spec.json").write_text(spec.model_dump_json())
     twin = tmp_path / "twin"
     shutil.copytree(data.workdir, twin)
@@ -173,9 +175,13 @@ def test_two_processes_train_as_one_and_go_on_from_one_anothers_checkpoints(
     one, two, half = data.workdir, tmp_path / "two", tmp_path / "half"
     for copy in (two, half):
         shutil.copytree(one, copy)
-    spec = SPEC.model_copy(update={"steps": 30, "evaluate_every": 10, "checkpoint_every": 10})
+    spec = SPEC.model_copy(
+        update={"steps": 30, "evaluate_every": 10, "checkpoint_every": 10}
+        | {"optimizer": "muon", "learning_rate": 1e-2}
+    )
     alone = train(target, spec, data, lambda _: None)
-    options = ("--steps", "30", "--evaluate-every", "10", "--checkpoint-every", "10", "--json")
+    options = ["--steps", "30", "--evaluate-every", "10", "--checkpoint-every", "10"]
+    options += ["--optimizer", "muon", "--learning-rate", "1e-2", "--json"]
     done = _torchrun(2, str(target), str(two), *options)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)  # one document: the second process prints none

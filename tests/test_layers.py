@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LEVEL = {
     "errors": 0,
     "recipe": 1,
+    "optimizer": 1,
     "artifact": 1,
     "checkpoint": 2,
     "layouts": 2,

@@ -167,6 +167,7 @@ def prepare_command(
 @click.argument("workdir", type=_DIRECTORY)
 @click.option("--steps", type=click.IntRange(min=1))
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Padded tokens a step.")
+@click.option("--optimizer", type=click.Choice(["adamw", "muon"]), help="What moves the head's matrices.")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True))
 @click.option("--ttt-steps", type=click.IntRange(min=1), help="Steps of training-time test.")
 @click.option("--intermediate-size", type=click.IntRange(min=1))

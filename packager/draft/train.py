@@ -1,6 +1,6 @@
 """Training of an EAGLE3 head on captured states: training-time test, checkpoints, exact resume.
 
-Every step's batch follows from (seed, step) alone and the checkpoint holds parameters and both optimizer
+Every step's batch follows from (seed, step) alone and the checkpoint holds parameters and the optimizers'
 moments, so a run that was killed and started again ends with the same bytes as one that was not (same
 machine, same threads, same number of processes). With several processes each batch is split over them and
 every loss is divided by the labels of the whole batch, so that their sum is the loss of one process up to
@@ -41,6 +41,7 @@ from packager.draft.ranks import Ranks, alone, like, whole
 from packager.draft.states import Sample, StateCache, collate, once, schedule
 from packager.draft.vocabulary import VocabularyMap
 from packager.errors import BadInput
+from packager.optimizer import Optimizers
 from packager.recipe import DraftSpec
 
 WARMUP_SHARE = 0.05
@@ -48,6 +49,8 @@ FLOOR = 0.02
 """Learning rate at the end, as a share of its peak."""
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01
+MATRIX_DECAY = 0.05
+"""Weight decay of matrices under Muon."""
 CLIP = 1.0
 """Largest norm of the gradient."""
 
@@ -131,9 +134,21 @@ class Trainer:
         self.head.initialise(spec.seed, target.head_rows, target.norm)
         self.head.to(self.device)
         self.ranks.shard(self.head)
-        self.optimizer = torch.optim.AdamW(
-            self.head.parameters(), lr=spec.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        matrices = {
+            name
+            for name, parameter in self.head.named_parameters()
+            # Rows of the output head are tokens, not directions of one map.
+            if spec.optimizer == "muon" and parameter.dim() == 2 and not name.startswith("lm_head.")
+        }
+        named = dict(self.head.named_parameters())
+        self.optimizer = Optimizers(
+            [parameter for name, parameter in named.items() if name in matrices],
+            [parameter for name, parameter in named.items() if name not in matrices],
+            matrix_decay=MATRIX_DECAY,
+            betas=BETAS,
+            decay=WEIGHT_DECAY,
         )
+        self._rate = 0.0
         self.best: Best | None = None
         self.done = 0
         """Steps that the present run has behind it."""
@@ -147,7 +162,13 @@ class Trainer:
         """The run's exact configuration, for the file beside its output."""
         return {
             "recipe": self.spec.model_dump(mode="json"),
-            "optimizer": {"name": "AdamW", "betas": list(BETAS), "weight_decay": WEIGHT_DECAY, "clip": CLIP},
+            "optimizer": {
+                "name": self.spec.optimizer,
+                "betas": list(BETAS),
+                "weight_decay": WEIGHT_DECAY,
+                "matrix_decay": MATRIX_DECAY,
+                "clip": CLIP,
+            },
             "schedule": {"name": "cosine", "warmup_share": WARMUP_SHARE, "floor": FLOOR},
             "loss": {"name": self.spec.loss, "step_decay": STEP_DECAY},
             "bf16_matmul": self.bf16,
@@ -226,7 +247,7 @@ class Trainer:
                     "loss": found.loss,
                     "length": found.accepted.length,
                     "accepted": found.accepted.per_position,
-                    "learning_rate": self.optimizer.param_groups[0]["lr"],
+                    "learning_rate": self._rate,
                 }
                 if spec.evaluate_every and (self.done % spec.evaluate_every == 0 or self.done == spec.steps):
                     now = self._measure(held)
@@ -301,9 +322,8 @@ class Trainer:
             if self.done < warmup
             else FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * turn))
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.spec.learning_rate * scale
-        self.optimizer.zero_grad(set_to_none=True)
+        self._rate = self.spec.learning_rate * scale
+        self.optimizer.zero_grad()
         here = [batch.to(self.device) for batch in batches]
         known = torch.stack([(draft_labels(batch, self.to_draft) >= 0).sum(0) for batch in here]).sum(0)
         labels = self.ranks.sum(known)
@@ -323,7 +343,7 @@ class Trainer:
             counts, drafts = count_accepted(read, right)
             sums += torch.tensor([float(loss.detach()), drafts, *counts], dtype=torch.float64)
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), CLIP)
-        self.optimizer.step()
+        self.optimizer.step(self._rate)
         self.done += 1
         total, drafts, *counts = self.ranks.sum(sums.to(self.device)).tolist()
         return Step(total, tuple(round(count) for count in counts), round(drafts))
@@ -350,10 +370,9 @@ class Trainer:
         """Write the checkpoint; the parameters are gathered by all processes and written by the first."""
         tensors = {}
         for name, parameter in self.head.named_parameters():
-            state = self.optimizer.state[parameter]
             tensors[f"model.{name}"] = whole(parameter)
-            tensors[f"exp_avg.{name}"] = whole(state["exp_avg"])
-            tensors[f"exp_avg_sq.{name}"] = whole(state["exp_avg_sq"])
+            for moment, value in self.optimizer.moments(parameter).items():
+                tensors[f"{moment}.{name}"] = whole(value)
             if self._best_weights:
                 tensors[f"best.{name}"] = whole(self._best_weights[name])
         if self.ranks.rank:
@@ -381,13 +400,11 @@ class Trainer:
                 with torch.no_grad():
                     for name, parameter in self.head.named_parameters():
                         parameter.copy_(like(handle.get_tensor(f"model.{name}"), parameter))
-                        self.optimizer.state[parameter] = {
-                            "step": torch.tensor(float(run["done"]), device=self.device),
-                            **{
-                                moment: like(handle.get_tensor(f"{moment}.{name}"), parameter)
-                                for moment in ("exp_avg", "exp_avg_sq")
-                            },
+                        moments = {
+                            moment: like(handle.get_tensor(f"{moment}.{name}"), parameter)
+                            for moment in self.optimizer.moment_names(parameter)
                         }
+                        self.optimizer.restore(parameter, moments, run["done"])
                         if self.best:
                             self._best_weights[name] = like(handle.get_tensor(f"best.{name}"), parameter)
         except SafetensorError:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ from packager.nano.language import (
     tenths,
 )
 from packager.nano.tokenizer import train_tokenizer, write_tokenizer
+from packager.optimizer import Optimizers
 
 SEED = 20
 WORLD = 2
@@ -203,42 +203,25 @@ def plant_position_heads(model: BailingMoeV2) -> None:
     attention.key_layernorm.weight.fill_(1.5)
 
 
-class Optimizers:
+def optimizers(model: BailingMoeV2) -> Optimizers:
     """Muon for the matrices of attention and feed-forward, AdamW for experts, embeddings, head and vectors.
 
     With AdamW alone, looking up in a record was not learned in the time given; Muon takes two-dimensional
     parameters only, so the stacked experts stay with AdamW.
     """
-
-    def __init__(self, model: BailingMoeV2) -> None:
-        inner = {
-            name
-            for name, p in model.named_parameters()
-            if p.dim() == 2 and name.endswith(("proj.weight", "dense.weight", "query_key_value.weight"))
-        }
-        matrices = [p for name, p in model.named_parameters() if name in inner]
-        rest = [p for name, p in model.named_parameters() if name not in inner]
-        self.parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-        )
-
-    def step(self, rate: float) -> None:
-        """Update with this learning rate and drop the gradients."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The state of both, in order."""
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Take up a saved state."""
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+    inner = {
+        name
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and name.endswith(("proj.weight", "dense.weight", "query_key_value.weight"))
+    }
+    named = dict(model.named_parameters())
+    return Optimizers(
+        [p for name, p in named.items() if name in inner],
+        [p for name, p in named.items() if name not in inner],
+        matrix_decay=0.05,
+        betas=(0.9, 0.98),
+        decay=0.0,
+    )
 
 
 def _all_reduce(model: BailingMoeV2, numbers: Tensor) -> None:
@@ -277,6 +260,7 @@ def train_step(
             parameter.grad /= totals[2]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step(rate)
+    optimizer.zero_grad()
     for moe, load in zip(moes, totals[3:].chunk(len(moes)), strict=True):
         moe.gate.expert_bias += balance * torch.sign(load.mean() - load)
     return float(totals[0] / totals[2]), float(totals[1] / totals[2])
@@ -320,7 +304,7 @@ def _worker(rank: int, out: Path, steps: int, stop_after: int | None, evaluate_e
     model = BailingMoeV2(CONFIG)
     model.initialise(SEED)
     plant_position_heads(model)
-    optimizer = Optimizers(model)
+    optimizer = optimizers(model)
     saved, start = out / "training_state.pt", 0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
