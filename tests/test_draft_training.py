@@ -426,7 +426,7 @@ def test_training_that_gains_nothing_stops_and_stays_stopped(data: DraftData, ta
 
 def test_the_best_weights_are_kept_not_the_last(data: DraftData, target: Path) -> None:
     """A learning rate that wrecks the head after a while."""
-    spec = SPEC.model_copy(update={"learning_rate": 0.3, "evaluate_every": 2, "steps": 12, "ttt_steps": 2})
+    spec = SPEC.model_copy(update={"learning_rate": 0.3, "evaluate_every": 2, "steps": 40, "ttt_steps": 2})
     found = train(target, spec, data, lambda _: None)
     measured = [row["held_out"]["length"] for row in read_log(data.workdir / LOG_NAME) if "held_out" in row]
     assert measured[-1] < max(measured), "the last weights are the best: this shows nothing"
