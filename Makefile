@@ -96,7 +96,7 @@ bench: venv  ## quantization throughput on 3 GB against cp, as a ratio of one ru
 bench-quantize: venv  ## the same on 12 GB and against llm-compressor: 15 minutes, 35 GB of disk
 	@exec $(BIN)/python benchmarks/quantize.py --gigabytes 12 --llmcompressor
 
-bench-draft: venv  ## training of a draft against a loop over speculators' parts, as a ratio of one run: 4 minutes
+bench-draft: venv  ## training of a draft against a loop over speculators' parts, as a ratio of one run: 3 minutes
 	@exec $(BIN)/python benchmarks/draft_training.py
 
 clean:  ## remove the demo workspace, caches and builds (keeps .venv)

@@ -4,11 +4,12 @@
 
 Ours is `packager draft train`'s loop: schedule, reader thread, state cache, head, loss, optimizer. The peer
 is what speculators' trainer does in a step, which as a whole needs CUDA: its `ArrowDataset` over the same
-states files, its multipack sampler, `CollateFn` and `shift_batch` in a `DataLoader` with a worker, its
-`Eagle3DraftModel` with its KL loss and training-time test, gradient clipping and a fused AdamW, under the
-same BF16 autocast. Same samples, sizes, start, threads. The peer computes dense masks, so it slows down
-with the length of its packed row: it is measured at several lengths and with both of its attentions first,
-and the one that is best for it is used. The two take turns; a figure is the median of the rounds.
+states files, its multipack sampler, `CollateFn` and `shift_batch` in a `DataLoader`, its `Eagle3DraftModel`
+with its KL loss and training-time test, gradient clipping and a fused AdamW, under the same BF16 autocast.
+Same samples, sizes, start, threads. The loader has no worker, because there is nothing to hide: reading is
+a few hundredths of the peer's step, and its share is printed. The peer computes every position of a packed
+row with dense masks, so it slows down with the row's length: it is measured with several first, and the one
+that is best for it is used. The two take turns; a figure is the median of the rounds.
 
 Response tokens are the positions with a loss at the first step: what a head learns from. Padded tokens are
 the positions that go through the model. Without --workdir responses and states of the packaged nano are
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 import tempfile
@@ -43,8 +43,10 @@ from packager.draft.vocabulary import VocabularyMap
 from packager.recipe import DraftSpec
 
 NANO = Path(__file__).parents[1] / "packager" / "nano" / "checkpoint"
-PEER_LAYOUTS = (("sdpa", 512), ("sdpa", 1024), ("sdpa", 2048), ("eager", 1024))
+PEER_LAYOUTS = (("sdpa", 512), ("sdpa", 1024), ("sdpa", 2048), ("eager", 512))
 """Attention and packed length that the peer is tried with."""
+READING: list[float] = []
+"""Seconds that the peer took to read each batch."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def theirs(model: Any, data: Path, spec: DraftSpec, hidden: int, length: int, bf
 
     dataset = ArrowDataset(max_len=length, datapath=data, on_missing="raise")
     loader = _setup_dataloader(
-        dataset, length, hidden, num_workers=1, num_target_layers=len(spec.aux_layers), preprocess=shift_batch
+        dataset, length, hidden, num_workers=0, num_target_layers=len(spec.aux_layers), preprocess=shift_batch
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -170,7 +172,13 @@ def theirs(model: Any, data: Path, spec: DraftSpec, hidden: int, length: int, bf
     losses = resolve_loss_config("kl_div", "eager")
     for epoch in itertools.count():
         loader.batch_sampler.epoch = epoch
-        for batch in loader:
+        batches = iter(loader)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            READING.append(time.perf_counter() - began)
+            if batch is None:
+                break
             inputs = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 _, loss, _ = model(
@@ -190,7 +198,8 @@ def best_peer(make: Callable[[str, int], Loop], longest: int, seconds: float) ->
         if length < longest:
             continue  # would truncate samples
         loop = make(attention, length)
-        next(loop)
+        for _ in range(2):
+            next(loop)  # meets the shapes
         found[attention, length] = timed(loop, seconds).rates[0]
         print(
             f"  peer, {attention:<5} rows of {length:>4}: {found[attention, length]:8.0f} response tokens/s"
@@ -239,7 +248,8 @@ def main() -> None:
         attention, length = best_peer(peer, max(len(s.ids) for s in found), min(3.0, options.seconds))
         loops = {"ours": ours(trainer, found), "peer": peer(attention, length)}
         for loop in loops.values():
-            timed(loop, options.seconds / 2)  # fills caches, meets the shapes
+            timed(loop, options.seconds)  # fills caches, meets the shapes
+        READING.clear()
         rounds: dict[str, list[Work]] = {name: [] for name in loops}
         for _ in range(options.rounds):
             for which, loop in loops.items():
@@ -251,10 +261,10 @@ def main() -> None:
         pace = statistics.median(work.steps / work.seconds for work in works)
         what = "packager" if which == "ours" else f"speculators, {attention}, rows of {length}"
         print(f"{what:<34}{pace:>9.2f}{figures[which][0]:>20.0f}{figures[which][1]:>18.0f}")
+    spent = sum(work.seconds for work in rounds["peer"])
+    print(f"{'  of it reading':<34}{sum(READING) / spent:>9.1%}")
     ratios = [mine / other for mine, other in zip(figures["ours"], figures["peer"], strict=True)]
     print(f"{'ours / this':<34}{'':>9}{ratios[0]:>20.2f}{ratios[1]:>18.2f}   (goal 1.0)")
-    sys.stdout.flush()
-    os._exit(0)  # the loader's worker would be waited for
 
 
 if __name__ == "__main__":

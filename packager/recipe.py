@@ -190,7 +190,8 @@ class DraftSpec(Spec):
     """Of the responses; 0: greedy, and `top_p` and `response_seed` are of no account."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     response_seed: int = 0
-    """Each response is sampled from a seed of its own, derived from this and the prompt's id."""
+    """Each response is sampled from a seed of its own, derived from this and the prompt's id. The same batch
+    gives the same responses; in another, engines round differently, and texts may part."""
     states_dtype: StatesDtype = "bfloat16"
     max_states_bytes: int | None = Field(default=None, gt=0)
     """Disk that hidden states may take; capturing stops before it would be exceeded. None: what is free."""

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from packager.cli.draft import command
-from packager.draft.capture import CaptureJob, _affordable
+from packager.draft.capture import CaptureJob, _affordable, _seed
 from packager.draft.prepare import DraftData, prepare
 from packager.draft.prompts import context_length, read_prompts, read_prompts_file, tokenize
 from packager.draft.states_file import FILE_OVERHEAD, bytes_per_token, decode_states, encode_states
@@ -288,6 +288,15 @@ def test_requests_start_only_if_the_budget_holds_them_at_their_longest() -> None
         (2 * first + second, 0, 3),
     ):
         assert len(_affordable(_job(budget), records, 100, used)) == expected, (budget, used)
+
+
+def test_each_response_is_drawn_from_a_seed_of_its_own() -> None:
+    """Fixed by the run's seed and the prompt's id: neither the order of prompts nor a kill changes it."""
+    job = _job(None)
+    other = job.model_copy(update={"response_seed": 1})
+    seeds = {_seed(j, {"id": f"p{n}"}) for j in (job, other) for n in range(100)}
+    assert len(seeds) == 200
+    assert _seed(job, {"id": "p0", "index": 5}) == _seed(job, {"id": "p0"}) == 1150315936
 
 
 def test_a_budget_that_holds_no_response_is_refused_before_an_engine_starts(tmp_path: Path) -> None:

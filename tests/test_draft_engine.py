@@ -117,7 +117,7 @@ def test_sampled_responses_stop_at_the_budget_and_go_on_when_it_is_raised(
     data: DraftData, target: Path, tmp_path: Path
 ) -> None:
     """FP8 states of sampled responses. The second run begins as after a kill: some responses are gone, one
-    line is torn; the same seed gives them again."""
+    line is torn."""
     from packager.draft.states import load_layers, samples
 
     budget = 1_200_000
@@ -146,8 +146,6 @@ def test_sampled_responses_stop_at_the_budget_and_go_on_when_it_is_raised(
     assert "draft: 24/24 responses with hidden states" in said
     assert [record["id"] for record in after] == [prompt["id"] for prompt in prompts]
     assert first.responses.read_bytes().splitlines(keepends=True)[:4] == lines[:4]
-    again = [a["response_ids"] == b["response_ids"] for a, b in zip(before, after, strict=False)]
-    assert sum(again) >= 0.8 * len(again), "the rest may part at a near tie, in a batch of another size"
     assert len(list(first.states.iterdir())) == 24
 
 

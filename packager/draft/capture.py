@@ -159,12 +159,15 @@ def _file(record: dict[str, Any]) -> str:
     return f"{record['index']:06d}.safetensors"
 
 
+def _seed(job: CaptureJob, record: dict[str, Any]) -> int:
+    """A request's own seed, so that what is drawn for it does not depend on the requests before it."""
+    return int.from_bytes(hashlib.sha256(f"{job.response_seed}|{record['id']}".encode()).digest()[:4], "big")
+
+
 def _sampling(job: CaptureJob, record: dict[str, Any], limit: int) -> Any:
-    """The request's own seed makes its response independent of what runs beside it and of earlier kills."""
     from vllm import SamplingParams
 
-    seed = hashlib.sha256(f"{job.response_seed}|{record['id']}".encode()).digest()
-    drawn = {"top_p": job.top_p, "seed": int.from_bytes(seed[:4], "big")} if job.temperature else {}
+    drawn = {"top_p": job.top_p, "seed": _seed(job, record)} if job.temperature else {}
     return SamplingParams(
         temperature=job.temperature,
         max_tokens=_room(job, record, limit),
