@@ -65,7 +65,7 @@ class Plan:
     """Longest answer."""
     repeats: int = 1
     contexts: tuple[int, ...] = ()
-    """Upper ends of the prompt lengths (tokens) over which acceptance and decoding speed are measured apart."""
+    """Upper ends of the prompt lengths (tokens) by which acceptance and decoding speed are measured."""
     long_prompts: Prompts = ()
     """Long prompts for `contexts`; none: `prompts` are sorted by their own length."""
 
@@ -269,7 +269,7 @@ def _without_draft(
             cells[level] = Cell(answers.output_tokens, answers.seconds, prompt_tokens=_prompt_length(answers))
             say(f"without a draft, concurrency {level}: {cells[level].tokens_per_s:.0f} tokens/s")
         by_context = _by_context(server, plan)
-        contexts = {length: _context_cell(server, plan, some) for length, some in by_context.items()}
+        contexts = _contexts(server, plan, by_context, say)
     low, high = reference[plan.concurrency[0]], reference[plan.concurrency[-1]]
     noise = _identity(low, [([t.token for t in one.tokens], one.text) for one in high])
     return reference, ServerRun(0, cells, contexts, None), by_context, noise
@@ -313,7 +313,7 @@ def _with_draft(
                 f"{tokens} draft tokens, concurrency {level}: {cells[level].tokens_per_s:.0f} tokens/s, "
                 f"acceptance length {accepted.length:.2f}"
             )
-        contexts = {length: _context_cell(server, plan, some) for length, some in by_context.items()}
+        contexts = _contexts(server, plan, by_context, say)
     return ServerRun(tokens, cells, contexts, groups)
 
 
@@ -383,12 +383,23 @@ def _by_context(server: Server, plan: Plan) -> dict[int, list[Mapping[str, Any]]
     return dict(sorted(found.items()))
 
 
-def _context_cell(server: Server, plan: Plan, prompts: Prompts) -> Cell:
+def _contexts(server: Server, plan: Plan, by_context: Mapping[int, Prompts], say: Say) -> dict[int, Cell]:
+    found = {}
+    for length, prompts in by_context.items():
+        cell = _context_cell(server, plan, prompts)
+        if cell is None:
+            say(f"answers to {len(prompts)} prompts up to {length} tokens are too short to time")
+        else:
+            found[length] = cell
+    return found
+
+
+def _context_cell(server: Server, plan: Plan, prompts: Prompts) -> Cell | None:
     """Decoding behind prompts of one length, the first token of each answer left out.
 
     The prompts are read once before. Still the first token takes part of a prompt's time, with a draft more
     of it (vLLM reads the last cached block again), and answers from long records are short: so the time of a
-    pass that ends after the first token is taken off.
+    pass that ends after the first token is taken off. None: nothing is left.
     """
     name, level = server.spec.served_name, plan.concurrency[0]
 
@@ -404,10 +415,7 @@ def _context_cell(server: Server, plan: Plan, prompts: Prompts) -> Cell:
     whole = passes(plan.max_tokens)
     accepted = acceptance_from_metrics(before, server.metrics()) if server.spec.draft else None
     if whole.seconds <= first.seconds or whole.output_tokens <= len(prompts):
-        raise BadInput(
-            f"answers to {len(prompts)} long prompts are too short to time",
-            "Raise --context-count, or leave out --context.",
-        )
+        return None
     return Cell(
         whole.output_tokens - len(prompts),
         whole.seconds - first.seconds,
