@@ -173,7 +173,7 @@ def test_stage_builds_a_draft_that_vllm_accepts_tokens_from(
         concurrency=(1, 4),
         max_tokens=48,
         contexts=(512, 2048),
-        long_prompts=[*language.long_items(1, 1), *language.long_items(4, 1)],
+        long_prompts=[*language.long_items(1, 2), *language.long_items(4, 2)],
     )
     found = evaluate_draft(plan, manifest.metrics, lambda _: None)
     [run] = found.runs

@@ -249,14 +249,14 @@ def _print_evaluation(result: DraftEvaluation, problems: list[str]) -> None:
             reports = [getattr(group, kind).get(name) for group in groups]
             table.add_row(name, *(f"{one.length:.2f}" if one else "–" for one in reports))
     for length in result.without.contexts:
-        cells = [(run.contexts[length], result.context_speedups[run.tokens][length]) for run in result.runs]
-        table.add_row(
-            f"prompts up to {length} tokens (speed)",
-            *(
-                f"{cell.acceptance.length:.2f} ({ratio:.2f}x)" if cell.acceptance else "–"
-                for cell, ratio in cells
-            ),
-        )
+        said = []
+        for run in result.runs:
+            long, ratio = run.contexts.get(length), result.context_speedups[run.tokens].get(length)
+            if long is None or long.acceptance is None or ratio is None:
+                said.append("–")
+            else:
+                said.append(f"{long.acceptance.length:.2f} ({ratio:.2f}x)")
+        table.add_row(f"prompts up to {length} tokens (speed)", *said)
     console.print(table)
 
     _print_findings(result, problems)

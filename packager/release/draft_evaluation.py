@@ -65,7 +65,7 @@ class Plan:
     """Longest answer."""
     repeats: int = 1
     contexts: tuple[int, ...] = ()
-    """Upper ends of the prompt lengths (tokens) over which acceptance and speed are measured apart."""
+    """Upper ends of the prompt lengths (tokens) by which acceptance and decoding speed are measured."""
     long_prompts: Prompts = ()
     """Long prompts for `contexts`; none: `prompts` are sorted by their own length."""
 
@@ -269,7 +269,7 @@ def _without_draft(
             cells[level] = Cell(answers.output_tokens, answers.seconds, prompt_tokens=_prompt_length(answers))
             say(f"without a draft, concurrency {level}: {cells[level].tokens_per_s:.0f} tokens/s")
         by_context = _by_context(server, plan)
-        contexts = {length: _context_cell(server, plan, some) for length, some in by_context.items()}
+        contexts = _contexts(server, plan, by_context, say)
     low, high = reference[plan.concurrency[0]], reference[plan.concurrency[-1]]
     noise = _identity(low, [([t.token for t in one.tokens], one.text) for one in high])
     return reference, ServerRun(0, cells, contexts, None), by_context, noise
@@ -313,7 +313,7 @@ def _with_draft(
                 f"{tokens} draft tokens, concurrency {level}: {cells[level].tokens_per_s:.0f} tokens/s, "
                 f"acceptance length {accepted.length:.2f}"
             )
-        contexts = {length: _context_cell(server, plan, some) for length, some in by_context.items()}
+        contexts = _contexts(server, plan, by_context, say)
     return ServerRun(tokens, cells, contexts, groups)
 
 
@@ -383,15 +383,42 @@ def _by_context(server: Server, plan: Plan) -> dict[int, list[Mapping[str, Any]]
     return dict(sorted(found.items()))
 
 
-def _context_cell(server: Server, plan: Plan, prompts: Prompts) -> Cell:
-    """Decoding behind prompts of one length. They are read once before, so that the time is of decoding."""
+def _contexts(server: Server, plan: Plan, by_context: Mapping[int, Prompts], say: Say) -> dict[int, Cell]:
+    found = {}
+    for length, prompts in by_context.items():
+        cell = _context_cell(server, plan, prompts)
+        if cell is None:
+            say(f"answers to {len(prompts)} prompts up to {length} tokens are too short to time")
+        else:
+            found[length] = cell
+    return found
+
+
+def _context_cell(server: Server, plan: Plan, prompts: Prompts) -> Cell | None:
+    """Decoding behind prompts of one length, the first token of each answer left out.
+
+    The prompts are read once before. Still the first token takes part of a prompt's time, with a draft more
+    of it (vLLM reads the last cached block again), and answers from long records are short: so the time of a
+    pass that ends after the first token is taken off. None: nothing is left.
+    """
     name, level = server.spec.served_name, plan.concurrency[0]
+
+    def passes(tokens: int) -> Answers:
+        done = [
+            ask(server.url, name, prompts, max_tokens=tokens, concurrency=level) for _ in range(plan.repeats)
+        ]
+        return min(done, key=lambda one: one.seconds)
+
     ask(server.url, name, prompts, max_tokens=2, concurrency=level)
+    first = passes(1)
     before = server.metrics()
-    passes = [
-        ask(server.url, name, prompts, max_tokens=plan.max_tokens, concurrency=level)
-        for _ in range(plan.repeats)
-    ]
-    answers = min(passes, key=lambda one: one.seconds)
+    whole = passes(plan.max_tokens)
     accepted = acceptance_from_metrics(before, server.metrics()) if server.spec.draft else None
-    return Cell(answers.output_tokens, answers.seconds, accepted, prompt_tokens=_prompt_length(answers))
+    if whole.seconds <= first.seconds or whole.output_tokens <= len(prompts):
+        return None
+    return Cell(
+        whole.output_tokens - len(prompts),
+        whole.seconds - first.seconds,
+        accepted,
+        prompt_tokens=_prompt_length(whole),
+    )
