@@ -609,11 +609,11 @@ def test_an_fp8_bundle_is_served_at_both_lengths_until_interrupted(tmp_path: Pat
         assert (cache / "dequantized").exists() is not native
         trained = logprobs(ask(found["url"], "nano", question))
         with pytest.raises(urllib.error.HTTPError):
-            ask(found["url"], "nano", "word " * 600)
+            ask(found["url"], "nano", "dose " * 600)
     with served(bundle, cache) as found:
         assert (found["context"], found["max_model_len"]) == ("extended", 2048)
         extended = logprobs(ask(found["url"], "nano", question))
-        assert ask(found["url"], "nano", "word " * 600)["usage"]["prompt_tokens"] > 600
+        assert ask(found["url"], "nano", "dose " * 600)["usage"]["prompt_tokens"] > 600
     assert native or len(list((cache / "dequantized").iterdir())) == 1
     with served(plain, cache) as found:
         assert logprobs(ask(found["url"], found["model"], question)) == trained
