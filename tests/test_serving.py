@@ -88,6 +88,14 @@ def test_one_draft_length_for_all_batches_needs_no_schedule() -> None:
     assert found == {"method": "eagle3", "model": "d", "num_speculative_tokens": 2}
 
 
+@pytest.mark.parametrize(("served", "told"), [(32768, None), (16384, None), (131072, 32768), (None, 32768)])
+def test_a_limit_of_speculation_beyond_the_length_served_is_left_out(
+    served: int | None, told: int | None
+) -> None:
+    spec = ServeSpec(Path("m"), draft=Path("d"), speculation_max_context=32768, max_model_len=served)
+    assert _speculative(spec).get("max_model_len") == told
+
+
 def test_a_draft_that_never_pays_is_not_served() -> None:
     spec = ServeSpec(Path("m"), draft=Path("d"), speculation=(_range(0),))
     assert "--speculative-config" not in vllm_command(spec, target="cuda")

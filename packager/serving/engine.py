@@ -70,7 +70,10 @@ def speculative_config(spec: ServeSpec) -> dict[str, Any] | None:
             ranges.append([start, one.max_concurrency or start, one.num_speculative_tokens])
             start = ranges[-1][1] + 1
         config["num_speculative_tokens_per_batch_size"] = ranges
-    if spec.speculation_max_context is not None:
+    # vLLM refuses a draft's length beyond the target's; up to that one it drafts anyway.
+    if spec.speculation_max_context is not None and (
+        spec.max_model_len is None or spec.speculation_max_context < spec.max_model_len
+    ):
         config["max_model_len"] = spec.speculation_max_context
     if spec.synthetic_acceptance_length is not None:
         config |= {
