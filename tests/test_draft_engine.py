@@ -131,6 +131,8 @@ def test_sampled_responses_stop_at_the_budget_and_go_on_when_it_is_raised(
     assert load_layers(samples(before, first.states)[0], 4).dtype == torch.bfloat16
     greedy = {record["id"]: record["response_ids"] for record in data.records()}
     assert any(record["response_ids"] != greedy[record["id"]] for record in before)
+    ended = [record["response_ids"][-1] == 2 for record in before]
+    assert sum(ended) > 0.7 * len(ended), "sampled at another temperature than 0.8: texts do not end"
 
     said.clear()
     prepare(target, spec, prompts, work, said.append)
