@@ -114,7 +114,7 @@ def test_last_state_predicts_the_response(data: DraftData, target: Path) -> None
 
 
 def test_sampled_responses_stop_at_the_budget_and_go_on_when_it_is_raised(
-    data: DraftData, target: Path, tmp_path: Path
+    target: Path, tmp_path: Path
 ) -> None:
     """FP8 states of sampled responses. The second run begins as after a kill: some responses are gone, one
     line is torn."""
@@ -132,8 +132,8 @@ def test_sampled_responses_stop_at_the_budget_and_go_on_when_it_is_raised(
     assert first.layer_proof["proved"], first.layer_proof
     assert b"F8_E4M3" in (first.states / before[0]["states"]).read_bytes()[:500]
     assert load_layers(samples(before, first.states)[0], 4).dtype == torch.bfloat16
-    greedy = {record["id"]: record["response_ids"] for record in data.records()}
-    assert any(record["response_ids"] != greedy[record["id"]] for record in before)
+    ended = [record["response_ids"][-1] == 2 for record in before]
+    assert sum(ended) > 0.7 * len(ended), "sampled at another temperature than 0.8: texts do not end"
 
     said.clear()
     prepare(target, spec, prompts, work, said.append)

@@ -78,6 +78,7 @@ def run(job: CaptureJob) -> None:
             # engine would die. Whole prompts need room for the longest.
             room = max(4096, job.engine.get("max_model_len", 0))
             options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": room}
+            _mend_cpu_sampling()
     options |= job.engine
     llm = LLM(
         model=job.target,
@@ -131,6 +132,29 @@ def run(job: CaptureJob) -> None:
             used += sum(file.stat().st_size for file in files)
             done += len(chunk)
             print(f"@ {done} {len(records)}", flush=True)
+
+
+def _mend_cpu_sampling() -> None:
+    """Give vLLM's rejection sampler its temperatures on a CPU.
+
+    vLLM 0.32 (vllm/utils/cpu_triton_utils.py, `_expand_kernel_impl`) writes a request's temperature and top_p
+    into an int64 copy that is thrown away, and samples at whatever was in memory: texts that never end.
+    """
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    def expand(
+        x: torch.Tensor,
+        cu_num_tokens: torch.Tensor,
+        num_tokens: int,
+        replace_from: int = 0,
+        replace_to: int = 0,
+    ) -> torch.Tensor:
+        counts = torch.diff(cu_num_tokens.long(), prepend=cu_num_tokens.new_zeros(1).long())
+        values = x.masked_fill(x == replace_from, replace_to)
+        return values.repeat_interleave(counts, output_size=num_tokens)
+
+    rejection_sampler.expand_batch_to_tokens = expand
 
 
 def _room(job: CaptureJob, record: dict[str, Any], limit: int) -> int:
