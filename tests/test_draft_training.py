@@ -424,16 +424,29 @@ def test_training_that_gains_nothing_stops_and_stays_stopped(data: DraftData, ta
     assert log.read_bytes() == before
 
 
-def test_the_best_weights_are_kept_not_the_last(data: DraftData, target: Path) -> None:
-    """A learning rate that wrecks the head after a while."""
-    spec = SPEC.model_copy(update={"learning_rate": 0.3, "evaluate_every": 2, "steps": 40, "ttt_steps": 2})
-    found = train(target, spec, data, lambda _: None)
-    measured = [row["held_out"]["length"] for row in read_log(data.workdir / LOG_NAME) if "held_out" in row]
-    assert measured[-1] < max(measured), "the last weights are the best: this shows nothing"
-    assert found.predicted.length == max(measured)
-    state = load_file(data.workdir / TRAINING_STATE)
-    for name, parameter in found.trainer.head.named_parameters():
-        assert torch.equal(parameter, state[f"best.{name}"])
+@pytest.mark.slow
+def test_the_best_weights_are_kept_not_the_last(data: DraftData, target: Path, tmp_path: Path) -> None:
+    """A head that is wiped out after its second measurement."""
+    from packager.draft.states import samples
+
+    found = samples(data.records(), data.states)
+    trainer = _trainer(target, tmp_path, spec={"evaluate_every": 50, "steps": 110})
+    weights: dict[str, torch.Tensor] = {}
+
+    def wipe(now: Any) -> None:
+        if now.done == 100:
+            weights.update({name: value.clone() for name, value in trainer.head.state_dict().items()})
+            with torch.no_grad():
+                for parameter in trainer.head.parameters():
+                    parameter.zero_()
+
+    kept = trainer.run(found[:50], found[50:], lambda _: None, wipe)
+    rows = read_log(tmp_path / LOG_NAME)
+    measured = {row["step"]: row["held_out"]["length"] for row in rows if "held_out" in row}
+    assert measured[110] < measured[100], "nothing was lost: this shows nothing"
+    assert trainer.best.step == 100
+    assert kept.length == max(measured.values()) == measured[100]
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.head.state_dict().items())
 
 
 def test_patience_without_measurements_is_refused(data: DraftData, target: Path) -> None:
