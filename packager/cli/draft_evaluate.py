@@ -279,11 +279,13 @@ def _print_findings(result: DraftEvaluation, problems: list[str]) -> None:
             f"predicted length     K={tokens}: {agreed.predicted:.2f} against {agreed.served:.2f} served "
             f"({agreed.difference:+.1%}): {verdict}"
         )
-    noise = result.batch_noise
-    click.echo(
-        f"without a draft      {noise.identical} of {noise.of} answers are the same at concurrency "
-        f"{result.plan.concurrency[0]} and {result.plan.concurrency[-1]}"
-    )
+    low, high = result.plan.concurrency[0], result.plan.concurrency[-1]
+    if low != high:
+        noise = result.batch_noise
+        click.echo(
+            f"without a draft      {noise.identical} of {noise.of} answers are the same at concurrency {low} "
+            f"and {high}"
+        )
     told = [
         (run.tokens, level, one)
         for run in result.runs
