@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -197,14 +199,19 @@ def train_command(target: Path, workdir: Path, as_json: bool, **settings: Any) -
         _save_spec(workdir, spec)
     with training_bar(spec.steps, live=leads()) as (say, on_step):
         trained = train(target, spec, data, say, on_step=on_step)
-    if not leads():
-        return
-    predicted = trained.metrics["predicted_acceptance"]
-    _finish(
-        as_json,
-        trained.metrics,
-        f"predicted acceptance length on held-out prompts: {predicted['length'] or 'not measured'}",
-    )
+    if leads():
+        predicted = trained.metrics["predicted_acceptance"]
+        _finish(
+            as_json,
+            trained.metrics,
+            f"predicted acceptance length on held-out prompts: {predicted['length'] or 'not measured'}",
+        )
+    if trained.trainer.ranks.size > 1:
+        # All is written. Seen with gloo in torch 2.13: the interpreter's own end, which destroys the sharded
+        # head, aborts now and then ("terminate called without an active exception"), and torchrun fails.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @command.command("export")

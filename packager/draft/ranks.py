@@ -120,5 +120,6 @@ def joined() -> Iterator[Ranks]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield Ranks(device, dist.get_rank(), size, init_device_mesh(device.type, (size,)))
+        dist.barrier()  # nobody leaves while another still waits for it
     finally:
         dist.destroy_process_group()
