@@ -191,7 +191,8 @@ def train(
             "length": round(predicted.length, 4) if predicted.drafts else None,
             "per_position": [round(rate, 4) for rate in predicted.per_position],
             "drafts": predicted.drafts,
-            "kind": "along the greedy responses to held-out prompts, not served",
+            "kind": f"along the {'sampled' if spec.temperature else 'greedy'} responses to held-out prompts, "
+            "not served",
         },
     }
     if trainer.best:
