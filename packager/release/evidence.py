@@ -264,7 +264,7 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
     return (
         at_most(
             f"accuracy lost by {found.comparisons[0].candidate} against BF16",
-            -fp8.difference_points,
+            0.0 - fp8.difference_points,  # a sign alone would make -0 of no difference
             spec.max_accuracy_loss_points,
             "points",
             f"interval of the difference {fp8.low_points:+.1f} to {fp8.high_points:+.1f}; {fp8.verdict}",
