@@ -381,12 +381,12 @@ def test_a_profile_says_when_not_to_draft(tmp_path: Path, monkeypatch: pytest.Mo
     profiles = SERVE_FILE["profiles"]
     profiles = {
         **profiles,
-        "2xh20": {**profiles["2xh20"], "speculation": ranges, "speculation_max_context": 32768},
+        "2xh20": {**profiles["2xh20"], "speculation": ranges, "speculation_max_context": 256},
     }
     bundle = write_bundle(tmp_path / "bundle", profiles=profiles)
     monkeypatch.setattr("packager.serving.serve_file.device", lambda: "cuda")
     assert _speculative(spec_for(bundle))["num_speculative_tokens_per_batch_size"] == [[1, 8, 5], [9, 9, 0]]
-    assert _speculative(spec_for(bundle))["max_model_len"] == 32768
+    assert _speculative(spec_for(bundle))["max_model_len"] == 256
     monkeypatch.setattr("packager.serving.serve_file.device", lambda: "cpu")
     assert _speculative(spec_for(bundle)) == {
         "method": "eagle3",
