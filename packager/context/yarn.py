@@ -126,7 +126,10 @@ def yarn_settings(config: dict[str, Any]) -> dict[str, Any]:
     found = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
     kinds = {name: _type_of(rope, name) for name, rope in found.items()}
     if not found or set(kinds.values()) <= set(_UNSCALED):
-        raise BadInput("config.json has no YaRN to undo: it is at its trained length")
+        raise BadInput(
+            "config.json has no YaRN to undo: it is at its trained length",
+            "Give a folder that `extend-context --length` or somebody else's YaRN has extended.",
+        )
     if len(set(kinds.values())) > 1:
         said = " and ".join(f"{name} is {kind!r}" for name, kind in kinds.items())
         raise BadInput(f"config.json contradicts itself: {said}", _WINS)
