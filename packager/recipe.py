@@ -169,8 +169,8 @@ DraftLoss = Literal["soft", "hard", "kl", "reverse_kl", "js", "tv", "nla", "lk_h
 """Losses of the draft's training; `packager.draft.loss` says what each is."""
 StatesDtype = Literal["bfloat16", "float8"]
 """How hidden states are stored; float8: E4M3 with a scale for each token and layer, half the bytes. On the
-nano (200 held-out questions) a draft trained on such states has an acceptance length of 3.22 at K = 3 and 4.15
-at K = 5, one trained on BF16 of 3.23 and 4.19."""
+nano (200 held-out questions) a draft trained on such states has an acceptance length of 3.22 at K = 3 and
+4.15 at K = 5, one trained on BF16 of 3.23 and 4.19."""
 
 
 class DraftSpec(Spec):
