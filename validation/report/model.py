@@ -13,6 +13,7 @@ from validation.errors import MeasurementError
 from validation.gates import Gate, overall
 from validation.identity import IdentityResult
 from validation.longcontext import LongComparison, LongRun
+from validation.panel import Panel
 from validation.tasks.accuracy import AccuracyRun
 from validation.tasks.comparison import AccuracyComparison
 from validation.throughput import DecodeSpeed, Ratio, ThroughputRun, compare_throughput
@@ -65,6 +66,8 @@ class ReportInputs(Document):
     decode: tuple[DecodeSpeed, ...] = ()
     """The first is the reference of the speed-up."""
     gates: tuple[Gate, ...] = ()
+    panels: tuple[Panel, ...] = ()
+    """Measurements that bring their own tables."""
     stages: tuple[StageFigures, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -106,6 +109,7 @@ def build_report(inputs: ReportInputs) -> Report:
     if inputs.long_comparison is not None:
         long = inputs.long_comparison
         bound += [(long.before, long.before_subject), (long.after, long.after_subject)]
+    bound += [(panel.title, digest) for panel in inputs.panels for digest in panel.subjects]
     for label, digest in bound:
         if digest not in known:
             raise MeasurementError(
