@@ -1,6 +1,6 @@
 """What a measurement shows in a report: a title, what it found in one sentence, tables, and how to read them.
 
-Measurements make their own panels and the report lays them out, so that a new measurement changes no template.
+Measurements make their own panels and the report lays them out: a new measurement changes no template.
 """
 
 from __future__ import annotations
