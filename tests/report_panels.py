@@ -11,13 +11,16 @@ HOSTILE_SVG = (
     '<style>*{display:none}</style><foreignObject><img src="http://e.example/x"/></foreignObject>'
     '<a href="javascript:1"><rect width="5" height="5"/></a><image href="http://e.example/y"/>'
     '<use href="http://e.example/z.svg#a"/><rect id="kept" width="9" height="9" fill="url(http://e.example)" '
-    'style="fill: red; position: fixed; background: url(http://e.example)"/><text>shown &lt;b&gt;</text></svg>'
+    'style="fill: red; position: fixed; background: url(http://e.example)"/>'
+    "<text>shown &lt;b&gt;</text></svg>"
 )
 
 
 def rubric_panel(subject: str, unfoldings: int = 3) -> Panel:
     """A measurement with two tables, a plot, texts, and a figure that was not measured."""
-    plot = intervals("Themes", [Group("All", [Row("emergency", 0.62, "62 %", "one", 0.5, 0.7)])], share_scale())
+    plot = intervals(
+        "Themes", [Group("All", [Row("emergency", 0.62, "62 %", "one", 0.5, 0.7)])], share_scale()
+    )
     heat = heat_map("Heat", ["4K", "8K"], [("0 %", [Heat(1.0, "100 %", "80–100"), None])], across="tokens")
     return Panel(
         key="HealthBench main",

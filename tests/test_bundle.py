@@ -338,7 +338,8 @@ def test_the_bundle_is_served_at_its_trained_length_too_and_the_card_says_how(re
     native = context_for(released, "native")
     assert (native.max_model_len, native.trained_rotary) == (512, True)
     text = (released / "README.md").read_text()
-    assert "| Context | 2048 tokens (yarn); 512 as trained |" in text
+    assert "| Context | 2048 tokens (yarn); 512 as trained; **claimed, not measured" in text
+    assert settings["context_measured"] == {"tokens": None, "longest_record_read": None, "min_accuracy": 0.6}
     assert "packager serve . --context native" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html.parser
 import json
 import random
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from loopback_chat import LoopbackChat, Token
 from pydantic import ValidationError
+from report_panels import rubric_panel
 
+from validation.conduct import Stopwatch
 from validation.endpoint import Target
 from validation.environment import Environment
 from validation.errors import MeasurementError
@@ -305,6 +308,7 @@ class _Page(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in ("meta", "br", "link", "img"):
             self.open.append(tag)
+        self.ids += [str(v) for k, v in attrs if k == "id"]
         self.links += [f"{tag} {k}={v}" for k, v in attrs if k in ("src", "href", "xlink:href", "onclick")]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -322,8 +326,10 @@ def test_the_page_is_well_formed_and_loads_nothing(inputs: ReportInputs, tmp_pat
     page = _Page()
     page.feed(text)
     assert page.open == []
-    assert page.links == []
-    assert "<script" not in text and "url(" not in text and "@import" not in text
+    assert {link for link in page.links if not link.startswith("a href=#")} == set()
+    targets = {link.removeprefix("a href=#") for link in page.links}
+    assert targets <= set(page.ids) and len(targets) == 8
+    assert text.count("<script") == 1 and "url(" not in text and "@import" not in text
     said = " ".join(page.words)
     for figure in (
         "All 4 gates passed.",
@@ -391,3 +397,58 @@ def test_the_environment_names_the_machine_but_not_the_host() -> None:
     assert environment.cores >= 1 and environment.memory_gib > 0
     assert environment.amx == ("amx_tile" in Path("/proc/cpuinfo").read_text())
     assert socket.gethostname() not in json.dumps(environment.model_dump())
+
+
+# --- the schema ---
+
+
+def test_the_published_schema_is_that_of_the_model_and_a_report_keeps_to_it(
+    inputs: ReportInputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import jsonschema
+
+    from packager.cli import run
+    from validation.report.schema import PUBLISHED
+
+    assert run(["validate", "schema"]) == 0
+    published = PUBLISHED.read_text(encoding="utf-8")
+    assert published == capsys.readouterr().out, "python -m validation.report.schema --write"
+    validator = jsonschema.Draft202012Validator(json.loads(published))
+    full = inputs.model_copy(update={"panels": (rubric_panel(DIGESTS["FP8"]),)})
+    document = json.loads(write_report(build_report(full), tmp_path)["report.json"].read_text())
+    assert list(validator.iter_errors(document)) == []
+    del document["subjects"][0]["digest"]
+    assert [list(error.path) for error in validator.iter_errors(document)] == [["subjects", 0]]
+
+
+@pytest.mark.parametrize(("version", "advice"), [(1, "Validate again"), (3, "or a later one")])
+def test_a_report_of_another_schema_version_is_named_as_such(
+    version: int, advice: str, inputs: ReportInputs, tmp_path: Path
+) -> None:
+    path = write_report(build_report(inputs), tmp_path)["report.json"]
+    path.write_text(
+        path.read_text().replace(
+            '"schema_version": 2,\n "outcome"', f'"schema_version": {version},\n "outcome"'
+        )
+    )
+    with pytest.raises(
+        MeasurementError, match=f"schema version {version}; this release reads version 2"
+    ) as said:
+        read_report(path)
+    assert advice in str(said.value.remedy)
+
+
+def test_when_it_ran_and_what_was_asked_stand_in_every_form(inputs: ReportInputs, tmp_path: Path) -> None:
+    watch = Stopwatch()
+    with watch.step("accuracy, FP8", DIGESTS["FP8"]):
+        pass
+    with contextlib.suppress(ZeroDivisionError), watch.step("fails"):
+        _ = 1 / 0
+    conduct = watch.conduct()
+    assert [step.name for step in conduct.steps] == ["accuracy, FP8"]
+    paths = write_report(build_report(inputs.model_copy(update={"conduct": conduct})), tmp_path)
+    for name in ("report.html", "report.md", "report.json"):
+        text = paths[name].read_text(encoding="utf-8")
+        for said in (conduct.started, inputs.accuracy[0].items_digest, inputs.long_context[0].items_digest):
+            assert said in text, (name, said)
+    assert "temperature 0, top-p 1, seed 0, at most 64 tokens" in paths["report.md"].read_text()

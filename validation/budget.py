@@ -22,7 +22,7 @@ RULER_TASKS: Mapping[str, int] = {
     "ruler_qa_squad": 32,
     "ruler_qa_hotpot": 32,
 }
-"""The tasks of lm-eval's group `ruler` and the most tokens of an answer (`max_gen_toks` of each task's file)."""
+"""The tasks of lm-eval's group `ruler`, and the most tokens of an answer (`max_gen_toks` of the task)."""
 RULER_SAMPLES = 500
 """Samples that lm-eval makes of each task and length, whatever is asked of them."""
 
@@ -73,8 +73,8 @@ class Budget(Document):
     def sentence(self) -> str:
         """The whole, in a sentence."""
         return (
-            f"{self.what}: {self.requests:,} requests, {self.prompt_tokens / 1e6:,.1f} million prompt tokens; at "
-            f"{self.prefill_tokens_per_s:,.0f} tokens/s read and {self.decode_tokens_per_s:,.0f} written "
+            f"{self.what}: {self.requests:,} requests, {self.prompt_tokens / 1e6:,.1f} million prompt "
+            f"tokens; at {self.prefill_tokens_per_s:,.0f} tokens/s read and {self.decode_tokens_per_s:,.0f} written "
             f"{_time(self.hours)}, {self.gpu_hours:.2g} GPU-hours on {self.gpus}"
         )
 

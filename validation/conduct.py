@@ -15,7 +15,8 @@ class Step(Document):
 
     name: str
     seconds: float
-    """Wall time, from asking to the last answer; about 0 where an earlier run's answers were kept."""
+    """Wall time to the last answer, the server's start included where this step was its first; about 0 where
+    an earlier run's answers were kept."""
     subject: str | None = None
     """Digest of what was measured."""
 

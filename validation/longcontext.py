@@ -1,4 +1,4 @@
-"""Retrieval from long records by length and depth, before and after a context extension; what may be claimed."""
+"""Retrieval from long records by length and depth, before and after a context extension."""
 
 from __future__ import annotations
 
@@ -131,6 +131,24 @@ class ContextClaim(Document):
     """Longest length at which records were read at all, in tokens; None: not measured."""
     held: int | None
     """Longest length up to which every length measured reached `min_accuracy`; None: none did."""
+
+    @property
+    def sentence(self) -> str:
+        """What may be said of the claim beside it; empty if it was measured and held."""
+        if self.outcome == "measured":
+            return ""
+        if self.measured is None:
+            return "claimed, not measured: no record was read at any length"
+        found = (
+            f"records were read at {self.min_accuracy:.0%} or better up to {self.held} tokens"
+            if self.held
+            else f"at no length were records read at {self.min_accuracy:.0%} or better"
+        )
+        if self.outcome == "not held":
+            return f"served, but not borne out: {found}"
+        return (
+            f"claimed beyond what was measured: the longest record read had {self.measured} tokens; {found}"
+        )
 
     @property
     def outcome(self) -> Literal["measured", "not held", "not measured"]:

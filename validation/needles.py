@@ -1,4 +1,4 @@
-"""Needles in synthetic patient records: one fact to be found, at a chosen depth of a record of a chosen length.
+"""Needles in synthetic patient records: one fact to be found, at a chosen depth of a chosen length.
 
 Four kinds: `dose` (of a drug that is ordered once), `allergy` (the substance behind a reaction), `laboratory`
 (the value of a test done once) and `later` (a drug whose dose two notes give differently: the later counts).
@@ -28,10 +28,14 @@ SHORTEST = 1024
 
 _DRUGS = (
     ("warfarin", "华法林"), ("metoprolol", "美托洛尔"), ("furosemide", "呋塞米"), ("ramipril", "雷米普利"),
-    ("digoxin", "地高辛"), ("amiodarone", "胺碘酮"), ("prednisolone", "泼尼松龙"), ("levothyroxine", "左甲状腺素"),
-    ("gabapentin", "加巴喷丁"), ("sertraline", "舍曲林"), ("allopurinol", "别嘌醇"), ("pantoprazole", "泮托拉唑"),
-    ("simvastatin", "辛伐他汀"), ("amlodipine", "氨氯地平"), ("metformin", "二甲双胍"), ("tamsulosin", "坦索罗辛"),
-    ("spironolactone", "螺内酯"), ("bisoprolol", "比索洛尔"), ("apixaban", "阿哌沙班"), ("quetiapine", "喹硫平"),
+    ("digoxin", "地高辛"), ("amiodarone", "胺碘酮"),
+    ("prednisolone", "泼尼松龙"), ("levothyroxine", "左甲状腺素"),
+    ("gabapentin", "加巴喷丁"), ("sertraline", "舍曲林"),
+    ("allopurinol", "别嘌醇"), ("pantoprazole", "泮托拉唑"),
+    ("simvastatin", "辛伐他汀"), ("amlodipine", "氨氯地平"),
+    ("metformin", "二甲双胍"), ("tamsulosin", "坦索罗辛"),
+    ("spironolactone", "螺内酯"), ("bisoprolol", "比索洛尔"),
+    ("apixaban", "阿哌沙班"), ("quetiapine", "喹硫平"),
 )  # fmt: skip
 _TESTS = (
     ("ferritin", "铁蛋白", "µg/L", 12, 900), ("troponin T", "肌钙蛋白 T", "ng/L", 3, 400),
@@ -46,9 +50,15 @@ _TESTS = (
 _ALLERGENS = (
     ("amoxicillin", "阿莫西林"), ("ibuprofen", "布洛芬"), ("latex", "乳胶"), ("iodine contrast", "碘造影剂"),
     ("ceftriaxone", "头孢曲松"), ("codeine", "可待因"), ("peanut", "花生"), ("chlorhexidine", "氯己定"),
-    ("clindamycin", "克林霉素"), ("vancomycin", "万古霉素"), ("shellfish", "贝类"), ("adhesive tape", "医用胶布"),
+    ("clindamycin", "克林霉素"), ("vancomycin", "万古霉素"),
+    ("shellfish", "贝类"), ("adhesive tape", "医用胶布"),
 )  # fmt: skip
-_REACTIONS = (("a rash", "皮疹"), ("swelling of the lips", "口唇肿胀"), ("wheezing", "喘息"), ("hives", "荨麻疹"))
+_REACTIONS = (
+    ("a rash", "皮疹"),
+    ("swelling of the lips", "口唇肿胀"),
+    ("wheezing", "喘息"),
+    ("hives", "荨麻疹"),
+)
 _NAMES = (
     ("Morgan", "林晓"), ("Okafor", "陈默"), ("Lindqvist", "周岚"), ("Haddad", "王蕾"), ("Novak", "赵宁"),
     ("Iyer", "孙越"), ("Castell", "吴桐"), ("Brandt", "郑舟"),
@@ -81,8 +91,8 @@ _QUIET = (
     ),
 )  # fmt: skip
 _ASK = (
-    "\n\nQuestion: {}\nAnswer from the record above alone. End with a line `Answer: X`, where X is only what is "
-    "asked for, written as in the record.",
+    "\n\nQuestion: {}\nAnswer from the record above alone. End with a line `Answer: X`, where X is only what "
+    "is asked for, written as in the record.",
     "\n\n问题：{}\n只根据以上病历作答。最后一行写“答案：X”，X 只写所问内容，与病历中的写法一致。",
 )  # fmt: skip
 
@@ -172,7 +182,7 @@ def _row(
     question = _ASK[zh].format(needle.question)
     record = _record(rng, needle, zh, depth, length - RESERVED_TOKENS, tokens)
     whole, rest = divmod(length, trained_length)
-    meta = {
+    meta: dict[str, Any] = {
         "kind": kind,
         "length": length,
         "multiple": length / trained_length if rest else whole,
@@ -201,9 +211,7 @@ def _needle(rng: random.Random, kind: Kind, zh: bool) -> _Needle:
         name = chinese if zh else english
         answer = f"{rng.randrange(10 * low, 10 * high) / 10:g} {unit}"
         note = f"化验：{name} {answer}。" if zh else f"Laboratory: {name} {answer}."
-        question = (
-            f"{name}的结果是多少（含单位）？" if zh else f"What was the {name}, with its unit?"
-        )
+        question = f"{name}的结果是多少（含单位）？" if zh else f"What was the {name}, with its unit?"
         return _Needle(note, question, answer, None, None, name)
     if kind == "allergy":
         name, reaction = rng.choice(_ALLERGENS)[zh], rng.choice(_REACTIONS)[zh]
@@ -267,7 +275,6 @@ def _record(
             lines.append(f"{at:%Y-%m-%d %H:%M} {note}\n")
         return "".join(lines)
 
-    own = [needle.note] if needle.earlier is None else [needle.earlier, needle.note]
     before = rng.random()
 
     def placed(fillers: Sequence[str]) -> list[str]:
@@ -277,19 +284,15 @@ def _record(
             notes.insert(int(before * (where + 1)), needle.earlier)
         return notes
 
-    sample = [_filler(rng, zh, needle.hidden) for _ in range(64)]
-    a_line = max(1.0, (tokens(text([*sample, *own])) - tokens(head)) / (len(sample) + len(own)))
-    fillers = sample
-    # The count of lines that fits, from what lines take on average; then corrected until it does.
-    for _ in range(20):
-        spare = budget - tokens(text(placed(fillers)))
-        if 0 <= spare <= max(0.02 * budget, 2 * a_line):
-            break
-        change = int(spare / a_line) if spare > 0 else int(spare / a_line) - 1
-        if change >= 0:
-            fillers = fillers + [_filler(rng, zh, needle.hidden) for _ in range(max(1, change))]
+    fillers = [_filler(rng, zh, needle.hidden) for _ in range(64)]
+    while True:
+        made = text(placed(fillers))
+        spare = budget - (count := tokens(made))
+        # What a line takes on average says how many more or fewer fit; the longer the text, the truer it is.
+        a_line = max(1.0, count / (len(fillers) + 2))
+        if 0 <= spare <= max(0.02 * budget, 2 * a_line) or (spare < 0 and not fillers):
+            return made
+        if spare > 0:
+            fillers += [_filler(rng, zh, needle.hidden) for _ in range(max(1, int(spare / a_line)))]
         else:
-            fillers = fillers[: max(0, len(fillers) + change)]
-    while fillers and tokens(text(placed(fillers))) > budget:
-        fillers = fillers[:-1]
-    return text(placed(fillers))
+            del fillers[max(0, len(fillers) + int(spare / a_line) - 1) :]

@@ -71,8 +71,8 @@ class Panel(Document):
     tables: tuple[Table, ...] = ()
     unfoldings: tuple[Unfolding, ...] = ()
     plots: tuple[tuple[str, str], ...] = ()
-    """(caption, SVG text) pairs: `str` of what `validation.report.plots` draws, or other SVG. Known shapes are
-    shown; anything that could run or load (scripts, links, images) is not."""
+    """(caption, SVG text) pairs: `str` of what `validation.report.plots` draws, or other SVG. Known shapes
+    are shown; anything that could run or load (scripts, links, images) is not."""
     notes: tuple[str, ...] = ()
     """What a reader must know to read the figures rightly."""
     conditions: tuple[tuple[str, str], ...] = ()

@@ -25,7 +25,7 @@ from packager.artifact import (
     is_sealed,
     read_manifest,
 )
-from packager.bundle.card import license_note, model_card
+from packager.bundle.card import license_note, measured_context, model_card
 from packager.bundle.contents import TOLERATED, path_problem
 from packager.bundle.lock import LOCK_NAME, Lock, build_lock
 from packager.bundle.serve_profiles import measured_speculation, serve_yaml
@@ -114,7 +114,13 @@ def _assemble(
         measured = measured_speculation(lock.stages["evidence"].manifest.metrics)
         writer.write_text(
             "serve.yaml",
-            serve_yaml(recipe, draft=has_draft, measured=measured, trained_length=lock.trained_length),
+            serve_yaml(
+                recipe,
+                draft=has_draft,
+                measured=measured,
+                trained_length=lock.trained_length,
+                claim=measured_context(recipe, folders["evidence"]),
+            ),
         )
         writer.write_text("LICENSE-NOTE.md", license_note(recipe))
         card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)

@@ -16,6 +16,7 @@ from packager.recipe import Recipe
 
 if TYPE_CHECKING:
     from validation.gates import Gate
+    from validation.longcontext import ContextClaim
     from validation.report import Report
 
 _TAGS = ("bailing_moe_v2", "mixture-of-experts", "yarn", "vllm")
@@ -60,12 +61,28 @@ def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signe
         weights=f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB",
         profiles=profiles(recipe, draft=draft, measured=measured),
         trained_length=lock.trained_length,
+        claim=_claim(recipe, report),
         served_name=served_name(recipe),
         address=f"http://{HOST}:{PORT}",
         reports=sorted(p.name for p in evidence.glob("report.*")),
     )
     card = ModelCard(f"---\n{_metadata(recipe, report, draft)}\n---\n\n{body}")
     return str(card).rstrip() + "\n"
+
+
+def measured_context(recipe: Recipe, evidence: Path) -> ContextClaim:
+    """The recipe's context length against what the evidence measured of it.
+
+    Raises:
+        BadInput: the evidence is not a report of this version.
+    """
+    return _claim(recipe, _read(evidence / REPORT_NAME))
+
+
+def _claim(recipe: Recipe, report: Report) -> ContextClaim:
+    from validation.longcontext import context_claim
+
+    return context_claim(recipe.context.length, report.long_context, recipe.gates.min_long_accuracy)
 
 
 def license_note(recipe: Recipe) -> str:

@@ -7,12 +7,15 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from packager.recipe import Recipe, SpeculationRange
 from packager.serving import ServeSpec, vllm_command
+
+if TYPE_CHECKING:
+    from validation.longcontext import ContextClaim
 
 ENGINE_VERSIONS = ">=0.32,<0.33"
 """vLLM releases that the plugin of this package is tested with."""
@@ -103,9 +106,10 @@ def serve_yaml(
     draft: bool,
     measured: tuple[SpeculationRange, ...] = (),
     trained_length: int | None = None,
+    claim: ContextClaim | None = None,
 ) -> str:
     """The text of `serve.yaml`; `measured` as in `profiles`, `trained_length` in tokens, as the context
-    stage found it."""
+    stage found it; `claim`: how far the evidence bears the context out."""
     made = profiles(recipe, draft=draft, measured=measured)
     document: dict[str, Any] = {
         "schema_version": 1,
@@ -119,6 +123,7 @@ def serve_yaml(
         "num_speculative_tokens": recipe.draft.num_speculative_tokens if draft else None,
         "max_model_len": recipe.context.length,
         **_contexts_section(recipe, trained_length),
+        **_measured_section(claim),
         "default_profile": made[0].name,
         "profiles": {
             profile.name: {
@@ -131,6 +136,19 @@ def serve_yaml(
         },
     }
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _measured_section(claim: ContextClaim | None) -> dict[str, Any]:
+    """How far records were read rightly: beyond `tokens` the context served is not borne out."""
+    if claim is None:
+        return {}
+    return {
+        "context_measured": {
+            "tokens": claim.held,
+            "longest_record_read": claim.measured,
+            "min_accuracy": claim.min_accuracy,
+        }
+    }
 
 
 def _contexts_section(recipe: Recipe, trained_length: int | None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packager.cli import options
+from packager.cli.validate_records import Records, print_grid, record_options
+from packager.cli.validate_report import ruler_plan, schema
 from packager.cli.validate_structure import structure
 from packager.errors import BadInput, GateFailed
 
@@ -32,7 +34,8 @@ def command() -> None:
     """
 
 
-command.add_command(structure)
+for _verb in (structure, schema, ruler_plan):
+    command.add_command(_verb)
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,6 @@ def _server(function: Callable[..., None]) -> Callable[..., None]:
         options.as_json,
     ]
     return functools.reduce(lambda f, option: option(f), reversed(shared), packed)
-
-
-def _levels(_context: click.Context, _option: click.Parameter, value: str) -> list[int]:
-    """Numbers of 1 or more, by commas."""
-    try:
-        levels = [int(level) for level in value.split(",")]
-        if min(levels) < 1:
-            raise ValueError
-    except ValueError:
-        raise click.UsageError(
-            f"--concurrency takes numbers of 1 or more, such as 1,8; got {value!r}"
-        ) from None
-    return levels
 
 
 _items = click.option(
@@ -244,26 +234,30 @@ def fidelity(
 
 @command.command()
 @_server
-@_items
+@record_options
 @click.option("--trained-length", type=click.IntRange(min=1), required=True, help="Tokens before extension.")
 @click.option("--before", type=_FILE, help="Run before the context patch (its --out) to compare with.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 def context(
     server: _Server,
-    items_path: Path,
+    records: Records,
     trained_length: int,
     before: Path | None,
     concurrency: int,
     max_tokens: int,
 ) -> None:
-    """Retrieval from long records, by multiple of the trained length."""
+    """Retrieval from long records, by length and depth.
+
+    Give --items of your own, or --records with lengths: then a dose, an allergy, a laboratory value or the
+    later of two conflicting notes is to be found in synthetic records, English and Chinese, whose length the
+    model's own --tokenizer counts.
+    """
     from validation.endpoint import Sampling
     from validation.longcontext import LongRun, compare_long, measure_long
-    from validation.tasks import load_items
 
     earlier = _read(LongRun, before) if before is not None else None
-    items = [item for item in load_items(items_path) if "multiple" in item.meta]
+    items = records.items(trained_length)
     run = measure_long(
         server.target,
         items,
@@ -280,13 +274,14 @@ def context(
     paired = {p.scope: p for p in comparison.by_multiple} if comparison is not None else {}
     rows = []
     for s in run.by_multiple:
-        p = paired.get(f"{s.multiple}x")
+        p = paired.get(f"{s.multiple:g}x")
         change = (
             "" if p is None else f"{p.difference_points:+.1f} ({p.low_points:+.1f} to {p.high_points:+.1f})"
         )
         interval = f"{_pc(s.low)} – {_pc(s.high)}"
-        rows.append([f"{s.multiple}x", s.context_tokens, s.n, s.refused, _pc(s.accuracy), interval, change])
+        rows.append([f"{s.multiple:g}x", s.context_tokens, s.n, s.refused, _pc(s.accuracy), interval, change])
     _table(["length", "tokens", "records", "refused", "found %", "95 % interval", "change, points"], rows)
+    print_grid(run)
 
 
 @command.command()
@@ -305,7 +300,7 @@ def context(
     "--concurrency",
     default="1,8",
     show_default=True,
-    callback=_levels,
+    callback=options.numbers,
     help="Requests in flight, by commas.",
 )
 @click.option("--output-tokens", type=click.IntRange(min=1), default=128, show_default=True)

@@ -30,6 +30,7 @@ from packager.release.variants import Served, Variants
 from packager.release.workspace import Workspace
 
 if TYPE_CHECKING:
+    from validation.conduct import Conduct
     from validation.gates import Gate
     from validation.identity import IdentityResult
     from validation.longcontext import LongComparison, LongRun
@@ -68,6 +69,9 @@ class Measured:
     without_draft: ThroughputRun
     with_draft: ThroughputRun
     dense: ThroughputRun | None
+    patch: AccuracyComparison
+    """Short questions before and after the context was extended."""
+    conduct: Conduct
 
 
 def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
@@ -168,6 +172,7 @@ def dense_baseline(recipe: Recipe, workspace: Workspace, source: Path) -> Path |
 def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) -> Measured:
     """Serve and measure every variant; what was measured before is not measured again."""
     from validation.bench_client import BenchClient
+    from validation.conduct import Stopwatch
     from validation.endpoint import Sampling
     from validation.identity import collect_outputs, compare_outputs
     from validation.longcontext import compare_long, measure_long
@@ -182,32 +187,36 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
     same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
     margin = recipe.gates.max_accuracy_loss_points or 2.0
+    watch = Stopwatch()
 
     def accuracy(served: Served) -> AccuracyRun:
-        run = measure_accuracy(served.target(cache), asked.items, sampling=sampling)
+        with watch.step(f"accuracy, {served.label}", served.subject):
+            run = measure_accuracy(served.target(cache), asked.items, sampling=sampling)
         say(f"  {served.label}: {run.overall.correct} of {run.overall.n} right")
         return run
 
     def long_records(served: Served, label: str) -> LongRun | None:
         if not asked.long:
             return None
-        return measure_long(
-            served.target(cache, label), asked.long, trained_length=trained, sampling=long_sampling
-        )
+        with watch.step(f"long records, {label}", served.subject):
+            return measure_long(
+                served.target(cache, label), asked.long, trained_length=trained, sampling=long_sampling
+            )
 
     with BenchClient() as bench:
 
         def throughput(served: Served, match: ThroughputRun | None = None) -> ThroughputRun:
-            run = measure_throughput(
-                served.target(cache),
-                tokenizer=served.tokenizer,
-                prompts=speed,
-                concurrency=spec.concurrency,
-                output_tokens=spec.throughput_output_tokens,
-                bench=bench,
-                match=match,
-                seed=spec.seed,
-            )
+            with watch.step(f"speed, {served.label}", served.subject):
+                run = measure_throughput(
+                    served.target(cache),
+                    tokenizer=served.tokenizer,
+                    prompts=speed,
+                    concurrency=spec.concurrency,
+                    output_tokens=spec.throughput_output_tokens,
+                    bench=bench,
+                    match=match,
+                    seed=spec.seed,
+                )
             first = run.cells[0]
             say(f"  {served.label}: {first.output_tokens_per_s:.0f} tokens/s at {first.concurrency}")
             return run
@@ -244,6 +253,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         without_draft=without_draft,
         with_draft=with_draft,
         dense=dense,
+        patch=compare_accuracy(fp8, context, margin_points=margin),
+        conduct=watch.conduct(),
     )
 
 
@@ -308,6 +319,7 @@ def collect_evidence(
         Subject,
         build_report,
         collect_environment,
+        short_context_panel,
         write_report,
     )
 
@@ -335,6 +347,8 @@ def collect_evidence(
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
+            panels=(short_context_panel(found.patch, found.long_comparison),),
+            conduct=found.conduct,
             stages=tuple(
                 StageFigures(
                     stage=stage.name,

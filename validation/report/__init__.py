@@ -10,6 +10,7 @@ from validation.report.model import (
     build_report,
     read_report,
 )
+from validation.report.patch import short_context_panel
 from validation.report.render import verdict, write_report
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "build_report",
     "collect_environment",
     "read_report",
+    "short_context_panel",
     "verdict",
     "write_report",
 ]

@@ -131,7 +131,9 @@ def depth_grid(run: LongRun) -> Markup:
     def heat(cell: LongCell | None) -> Heat | None:
         if cell is None:
             return None
-        return Heat(cell.accuracy, f"{100 * cell.accuracy:.0f} %", f"{100 * cell.low:.0f}–{100 * cell.high:.0f}")
+        return Heat(
+            cell.accuracy, f"{100 * cell.accuracy:.0f} %", f"{100 * cell.low:.0f}–{100 * cell.high:.0f}"
+        )
 
     rows = []
     for low, high in depths:

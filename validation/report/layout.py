@@ -11,8 +11,17 @@ from markupsafe import Markup, escape
 from validation.panel import Cell, Column, Panel, Table, Unfolding
 from validation.report.drawing import clean_svg
 from validation.report.model import Report
-from validation.report.room import PAGE_ROWS, PAGE_TEXTS, cut, fitting, shares, weight
-from validation.tasks.comparison import Flip
+from validation.report.room import (
+    LONGEST_TEXT,
+    PAGE_ROWS,
+    PAGE_TEXTS,
+    SHORTER_TEXT,
+    cut,
+    fitting,
+    shares,
+    weight,
+)
+from validation.tasks.comparison import AccuracyComparison
 
 SUMMARY_CHARACTERS = 60_000
 """Longest Markdown summary: a comment on GitHub holds 65,536, a job's summary 1 MiB."""
@@ -66,16 +75,15 @@ class PageParts:
 
 def page_parts(report: Report) -> PageParts:
     """Panels and flips, cut so that the page stays below 3 MB; each has its fair share of the room."""
-    groups = [[_flip(flip, c.reference, c.candidate) for flip in _worst_first(c.flips)] for c in report.comparisons]
-    groups += [[_shortened(one) for one in panel.unfoldings] for panel in report.panels]
-    places = [f"comparisons[{k}].flips" for k in range(len(report.comparisons))]
-    places += [f"panels[{k}].unfoldings" for k in range(len(report.panels))]
-    sizes = [[_weight(one) for one in group] for group in groups]
-    given = shares([sum(one) for one in sizes], PAGE_TEXTS)
+    lists: list[_List] = [_Flips(c, f"comparisons[{k}].flips") for k, c in enumerate(report.comparisons)]
+    lists += [_Own(panel, f"panels[{k}].unfoldings") for k, panel in enumerate(report.panels)]
+    wanted = [sum(map(_weight, _taken(one, LONGEST_TEXT, PAGE_TEXTS))) for one in lists]
     texts = []
-    for group, each, room, where in zip(groups, sizes, given, places, strict=True):
-        count = fitting(each, room)
-        texts.append(Texts(tuple(group[:count]), len(group) - count, where))
+    for one, room in zip(lists, shares(wanted, PAGE_TEXTS), strict=True):
+        taken = _taken(one, LONGEST_TEXT, room)
+        if len(taken) < one.count:
+            taken = _taken(one, SHORTER_TEXT, room)
+        texts.append(Texts(tuple(taken), one.count - len(taken), one.where))
     first = len(report.comparisons)
     tables = _tables(report.panels)
     drawn = 0
@@ -163,25 +171,65 @@ def _words(text: str) -> str:
     return re.sub(r"([\\`*_|\[\]])", r"\\\1", plain)
 
 
-def _worst_first(flips: Sequence[Flip]) -> list[Flip]:
-    return sorted(flips, key=lambda flip: flip.direction != "right to wrong")
+class _List:
+    """Texts that unfold, each made when it is needed: most of thousands never are."""
+
+    count: int
+    where: str
+
+    def made(self, index: int, longest: int) -> Unfolding:
+        """The text at `index`, of at most `longest` characters."""
+        raise NotImplementedError
 
 
-def _flip(flip: Flip, reference: str, candidate: str) -> Unfolding:
-    return Unfolding(
-        line=f"{flip.direction} · {flip.task}, {flip.id}: expected {flip.expected[:120]}, "
-        f"{reference} {(flip.reference_answer or 'no answer')[:120]}, "
-        f"{candidate} {(flip.candidate_answer or 'no answer')[:120]}",
-        text=(
-            ("Question", cut(flip.question)),
-            (reference, cut(flip.reference_text)),
-            (candidate, cut(flip.candidate_text)),
-        ),
-    )
+class _Flips(_List):
+    """The flips of a comparison, the lost ones first."""
+
+    def __init__(self, comparison: AccuracyComparison, where: str) -> None:
+        self.names = (comparison.reference, comparison.candidate)
+        self.flips = sorted(comparison.flips, key=lambda flip: flip.direction != "right to wrong")
+        self.count, self.where = len(self.flips), where
+
+    def made(self, index: int, longest: int) -> Unfolding:
+        """The flip at `index`, with the question and both texts."""
+        flip, (reference, candidate) = self.flips[index], self.names
+        answers = [(a or "no answer")[:120] for a in (flip.reference_answer, flip.candidate_answer)]
+        return Unfolding(
+            line=f"{flip.direction} · {flip.task}, {flip.id}: expected {flip.expected[:120]}, "
+            f"{reference} {answers[0]}, {candidate} {answers[1]}",
+            text=(
+                ("Question", cut(flip.question, longest)),
+                (reference, cut(flip.reference_text, longest)),
+                (candidate, cut(flip.candidate_text, longest)),
+            ),
+        )
 
 
-def _shortened(one: Unfolding) -> Unfolding:
-    return Unfolding(line=one.line[:400], text=tuple((head, cut(text)) for head, text in one.text))
+class _Own(_List):
+    """The texts that a panel brings."""
+
+    def __init__(self, panel: Panel, where: str) -> None:
+        self.unfoldings = panel.unfoldings
+        self.count, self.where = len(panel.unfoldings), where
+
+    def made(self, index: int, longest: int) -> Unfolding:
+        """The text at `index`."""
+        one = self.unfoldings[index]
+        return Unfolding(
+            line=one.line[:400], text=tuple((head, cut(text, longest)) for head, text in one.text)
+        )
+
+
+def _taken(one: _List, longest: int, room: int) -> list[Unfolding]:
+    """The first texts that fit into `room`."""
+    taken: list[Unfolding] = []
+    for index in range(one.count):
+        made = one.made(index, longest)
+        room -= _weight(made)
+        if room < 0:
+            break
+        taken.append(made)
+    return taken
 
 
 def _weight(one: Unfolding) -> int:
@@ -218,4 +266,4 @@ def _row(row: Sequence[Cell], columns: Sequence[Column]) -> Markup:
         kind = f' class="{" ".join(classes)}"' if classes else ""
         value = "" if cell is None or isinstance(cell, str) else f' data-v="{cell!r}"'
         cells.append(f"<{tag}{kind}{value}>{escape(shown(cell, column))}</{tag}>")
-    return Markup(f"<tr>{''.join(cells)}</tr>")  # noqa: S704: every cell was escaped
+    return Markup(f"<tr>{''.join(cells)}</tr>")  # every cell was escaped

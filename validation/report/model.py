@@ -22,9 +22,6 @@ from validation.tasks.accuracy import AccuracyRun
 from validation.tasks.comparison import AccuracyComparison
 from validation.throughput import DecodeSpeed, Ratio, ThroughputRun, compare_throughput
 
-SCHEMA_VERSION = 2
-"""Of report.json. It goes up when a field is taken away or changes its meaning, not when one is added."""
-
 
 class Subject(Document):
     """Something that was served and measured."""
@@ -84,7 +81,7 @@ class ReportInputs(Document):
 class Report(ReportInputs):
     """The inputs and what follows from them."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     outcome: Literal["pass", "fail", "not measured"]
     headlines: tuple[Headline, ...]
     ratios: tuple[Ratio, ...]
@@ -101,7 +98,9 @@ class Report(ReportInputs):
     def asked(self) -> Iterator[Asked]:
         """The data sets that models were asked, each once, with the sampling of the answers."""
         seen: set[tuple[str, str]] = set()
-        runs: list[tuple[str, AccuracyRun | LongRun]] = [("Items with known answers", r) for r in self.accuracy]
+        runs: list[tuple[str, AccuracyRun | LongRun]] = [
+            ("Items with known answers", r) for r in self.accuracy
+        ]
         runs += [("Long records", r) for r in self.long_context]
         for name, run in runs:
             key = (run.items_digest, run.sampling.model_dump_json())
@@ -113,12 +112,17 @@ class Report(ReportInputs):
             yield Asked("Prompts of the speed", digest, count, None)
 
 
+SCHEMA_VERSION: int = Report.model_fields["schema_version"].default
+"""Of report.json. It goes up when a field is taken away or changes its meaning, not when one is added."""
+
+
 class Asked(NamedTuple):
     """A data set as it was put to models."""
 
     name: str
     digest: str
-    count: int
+    size: int
+    """Items."""
     sampling: Sampling | None
     """None: greedy, as the load generator has it."""
 

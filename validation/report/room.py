@@ -12,11 +12,12 @@ PAGE_ROWS = 700_000
 """Bytes for the rows of all panels' tables."""
 LONGEST_TEXT = 6_000
 """Characters of one text: the beginning and the end, where an answer stands."""
-_HEAD = 2_000
+SHORTER_TEXT = 1_200
+"""The same where not all texts of a list would fit otherwise: more of them are shown, in fewer words."""
 
 
 def shares(wanted: Sequence[int], room: int) -> list[int]:
-    """Divide `room` among demands: each gets what it wants, or an equal part of what the smaller ones leave."""
+    """Divide `room`: each gets what it wants, or an equal part of what those who want less leave."""
     given = [0] * len(wanted)
     left = room
     for place, index in enumerate(sorted(range(len(wanted)), key=lambda i: wanted[i])):
@@ -34,13 +35,14 @@ def fitting(sizes: Sequence[int], room: int) -> int:
     return len(sizes)
 
 
-def cut(text: str) -> str:
-    """A text of at most `LONGEST_TEXT` characters, with a line that says how many are left out."""
-    if len(text) <= LONGEST_TEXT:
+def cut(text: str, longest: int = LONGEST_TEXT) -> str:
+    """A text of at most `longest` characters, with a line that says how many are left out."""
+    if len(text) <= longest:
         return text
-    left_out = len(text) - LONGEST_TEXT
-    tail = text[len(text) - (LONGEST_TEXT - _HEAD) :]
-    return f"{text[:_HEAD]}\n[… {left_out:,} characters left out; report.json has all of them …]\n{tail}"
+    head = longest // 3
+    left_out = len(text) - longest
+    tail = text[len(text) - (longest - head) :]
+    return f"{text[:head]}\n[… {left_out:,} characters left out; report.json has all of them …]\n{tail}"
 
 
 def weight(*texts: str) -> int:
