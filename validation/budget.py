@@ -72,10 +72,10 @@ class Budget(Document):
     @property
     def sentence(self) -> str:
         """The whole, in a sentence."""
+        speeds = f"{self.prefill_tokens_per_s:,.0f} tokens/s read and {self.decode_tokens_per_s:,.0f} written"
         return (
-            f"{self.what}: {self.requests:,} requests, {self.prompt_tokens / 1e6:,.1f} million prompt "
-            f"tokens; at {self.prefill_tokens_per_s:,.0f} tokens/s read and {self.decode_tokens_per_s:,.0f} written "
-            f"{_time(self.hours)}, {self.gpu_hours:.2g} GPU-hours on {self.gpus}"
+            f"{self.what}: {self.requests:,} requests, {self.prompt_tokens / 1e6:,.1f} million tokens to read; "
+            f"at {speeds} {_time(self.hours)}, {self.gpu_hours:.2g} GPU-hours on {self.gpus}"
         )
 
 

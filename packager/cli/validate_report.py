@@ -10,11 +10,12 @@ from packager.cli import options
 
 
 @click.command()
-def schema() -> None:
-    """Print the JSON Schema of report.json, as this release writes it."""
+@options.as_json
+def schema(as_json: bool) -> None:
+    """Print the JSON Schema of report.json, as this release writes it; with --json on one line."""
     from validation.report.schema import schema_text
 
-    click.echo(schema_text(), nl=False)
+    click.echo(json.dumps(json.loads(schema_text())) + "\n" if as_json else schema_text(), nl=False)
 
 
 @click.command("ruler-plan")
