@@ -272,7 +272,8 @@ class ValidateSpec(Spec):
     items_file: str | None = None
     """JSONL of items; None: the nano's held-out set."""
     long_items: int = Field(default=30, ge=0)
-    """Long-record items per multiple (1x, 2x, 4x) of the trained length."""
+    """Long-record items per multiple (1x, 2x, 4x) of the trained length. Where `items_file` has none, records
+    with needles are made by the model's own tokenizer, over five depths."""
     identity_prompts: int = Field(default=100, ge=0)
     """Prompts on which greedy output with and without the draft is compared."""
     concurrency: tuple[int, ...] = (1, 8)

@@ -15,6 +15,7 @@ from tiny_bundle import recipe
 from packager.bundle.serve_profiles import serve_yaml
 from packager.cli import run
 from packager.nano import CHECKPOINT
+from packager.recipe import ValidateSpec
 from validation.budget import RULER_TASKS, budget, ruler_budget, ruler_commands
 from validation.endpoint import Target
 from validation.errors import MeasurementError
@@ -169,6 +170,21 @@ def test_a_bundle_claims_no_more_than_was_read(items: list[Item], tmp_path: Path
     assert "claimed, not measured" in claims["nothing"].sentence
     written = yaml.safe_load(serve_yaml(recipe(), draft=False, trained_length=512, claim=claims["half"]))
     assert written["context_measured"] == {"tokens": 1024, "longest_record_read": 2048, "min_accuracy": 0.6}
+
+
+def test_a_recipe_whose_items_have_no_long_records_gets_needles_up_to_its_context(tmp_path: Path) -> None:
+    from packager.release.evidence import questions
+
+    row = {"id": "q", "task": "dose", "language": "en", "answer": "yes"}
+    file = tmp_path / "items.jsonl"
+    file.write_text(json.dumps({**row, "messages": [{"role": "user", "content": "?"}]}) + "\n")
+    settings = {"items_file": str(file), "long_items": 5}
+    made = recipe(context={"length": 2048}).model_copy(update={"validate_": ValidateSpec(**settings)})
+    asked = questions(made, CHECKPOINT, 1024)
+    assert [item.id for item in asked.items] == ["q"]
+    assert [(i.meta["length"], i.meta["depth"]) for i in asked.long] == [
+        (length, depth / 4) for length in (1024, 2048) for depth in range(5)
+    ]
 
 
 def test_the_cost_of_the_patch_to_short_prompts_is_a_panel(tmp_path: Path) -> None:

@@ -72,10 +72,11 @@ class Budget(Document):
     @property
     def sentence(self) -> str:
         """The whole, in a sentence."""
-        speeds = f"{self.prefill_tokens_per_s:,.0f} tokens/s read and {self.decode_tokens_per_s:,.0f} written"
+        read, written = self.prefill_tokens_per_s, self.decode_tokens_per_s
         return (
-            f"{self.what}: {self.requests:,} requests, {self.prompt_tokens / 1e6:,.1f} million tokens to read; "
-            f"at {speeds} {_time(self.hours)}, {self.gpu_hours:.2g} GPU-hours on {self.gpus}"
+            f"{self.what}: {self.requests:,} requests, {self.prompt_tokens / 1e6:,.1f} million tokens to read. "
+            f"At {read:,.0f} tokens/s read and {written:,.0f} written: {_time(self.hours)}, "
+            f"{self.gpu_hours:.2g} GPU-hours on {self.gpus}"
         )
 
 

@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 MULTIPLES = (1, 2, 4)
 """Lengths of long records, as multiples of the trained length."""
-LONG_OUTPUT_TOKENS = 64
+LONG_OUTPUT_TOKENS, NEEDLE_OUTPUT_TOKENS = 64, 160
+"""Longest answer about a long record of the nano's; about one made for another model."""
+DEPTHS = 5
+"""Depths of needles in records made for a model."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Measured:
 def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
     """The recipe's items: from its file, or the nano's own held-out language.
 
+    A file without long records gets synthetic ones, by the model's own tokenizer.
+
     Args:
         recipe: names the items and how many.
         source: checkpoint whose tokenizer measures the length of long records.
@@ -84,7 +89,7 @@ def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
 
     Raises:
         BadInput: no items are named and the source is not the nano.
-        MeasurementError: the items file is malformed.
+        MeasurementError: the items file is malformed, or long records cannot be made.
     """
     from validation.tasks import items_from, load_items
 
@@ -92,7 +97,8 @@ def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
     if spec.items_file is not None:
         items = _of_tasks(load_items(Path(spec.items_file)), spec.tasks)
         long = [item for item in items if "multiple" in item.meta]
-        return Questions([item for item in items if "multiple" not in item.meta], long)
+        short = [item for item in items if "multiple" not in item.meta]
+        return Questions(short, long or _needles(recipe, source, trained_length))
     if not recipe.source.packaged:
         raise BadInput(
             "the recipe names no items to validate with",
@@ -116,6 +122,23 @@ def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
     ]
     items = items_from(language.heldout_items(spec.items_per_task, spec.seed))
     return Questions(_of_tasks(items, spec.tasks), items_from(rows) if rows else [])
+
+
+def _needles(recipe: Recipe, source: Path, trained_length: int) -> list[Item]:
+    """Records made by the model's tokenizer, `long_items` a length, where the recipe's file has none."""
+    from validation.needles import needle_items, token_counter
+
+    lengths = [m * trained_length for m in MULTIPLES if m * trained_length <= recipe.context.length]
+    if not recipe.validate_.long_items or not lengths:
+        return []
+    return needle_items(
+        lengths,
+        trained_length=trained_length,
+        tokens=token_counter(source),
+        depths=DEPTHS,
+        per_cell=max(1, recipe.validate_.long_items // DEPTHS),
+        seed=recipe.validate_.seed,
+    )
 
 
 def _of_tasks(items: list[Item], tasks: tuple[str, ...] | None) -> list[Item]:
@@ -184,7 +207,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     asked = questions(recipe, variants.source, trained)
     cache = workspace.work / "measurements"
     sampling = Sampling(max_tokens=spec.max_output_tokens, seed=spec.seed)
-    long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
+    longest_answer = LONG_OUTPUT_TOKENS if recipe.source.packaged else NEEDLE_OUTPUT_TOKENS
+    long_sampling = Sampling(max_tokens=longest_answer, seed=spec.seed)
     same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
     margin = recipe.gates.max_accuracy_loss_points or 2.0
     watch = Stopwatch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from validation.endpoint import Sampling
 from validation.report.figures import accuracy_shares, at_multiple, figures, multiples, percent
 from validation.report.layout import SUMMARY_CHARACTERS, anchors, heading, page_parts, summaries
 from validation.report.model import Report, signed
+
+_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+"""Characters that no XML document may hold, escaped or not."""
 
 
 def write_report(report: Report, directory: Path) -> dict[str, Path]:
@@ -129,7 +133,8 @@ def junit_xml(report: Report) -> str:
     root = ET.Element("testsuites", name=report.title)
     root.append(suite)
     ET.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+    text = _NOT_XML.sub("", ET.tostring(root, encoding="unicode"))
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 
 
 def figure(value: float | None, unit: str = "") -> str:
