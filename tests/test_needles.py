@@ -264,6 +264,9 @@ def test_the_verb_makes_records_says_the_cost_and_prints_the_grid(
         assert re.search(r"depth 100 % +0 of 8", printed.out) and re.search(r"later +\d of 4", printed.out)
         assert run([*line, *url, *made, "--json"]) == 0
         assert len(json.loads(capsys.readouterr().out)["run"]["grid"]) == 2
+        assert run([*line, *url, *made, "--report", str(tmp_path / "report")]) == 0
+        assert "Values found by depth and length" in (tmp_path / "report" / "report.html").read_text()
+        capsys.readouterr()
         assert run([*line, *url]) == 2 and "one of --items" in capsys.readouterr().err
         assert run([*line, *url, "--records", "1024"]) == 2 and "--tokenizer" in capsys.readouterr().err
     plan = ["validate", "ruler-plan", "--lengths", "4096", "--samples", "5", "--prefill-tokens-per-s", "9e3"]

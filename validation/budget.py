@@ -74,8 +74,8 @@ class Budget(Document):
         """The whole, in a sentence."""
         read, written = self.prefill_tokens_per_s, self.decode_tokens_per_s
         return (
-            f"{self.what}: {self.requests:,} requests, {self.prompt_tokens / 1e6:,.1f} million tokens to read. "
-            f"At {read:,.0f} tokens/s read and {written:,.0f} written: {_time(self.hours)}, "
+            f"{self.what}: {self.requests:,} requests, {self.prompt_tokens / 1e6:,.1f} million tokens to "
+            f"read. At {read:,.0f} tokens/s read and {written:,.0f} written: {_time(self.hours)}, "
             f"{self.gpu_hours:.2g} GPU-hours on {self.gpus}"
         )
 

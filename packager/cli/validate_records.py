@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from packager.cli import options
 from packager.errors import UsageProblem
 
 if TYPE_CHECKING:
-    from validation.longcontext import LongRun
+    from validation.conduct import Conduct
+    from validation.longcontext import LongComparison, LongRun
     from validation.tasks import Item
 
 _NAMES = ("items_path", "lengths", "depths", "per_cell", "tokenizer", "seed", "prefill_tokens_per_s", "gpus")
@@ -115,6 +116,32 @@ def record_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True),
     ]
     return functools.reduce(lambda f, option: option(f), reversed(shared), packed)
+
+
+def write_long_report(
+    directory: Path, runs: Sequence[LongRun], comparison: LongComparison | None, conduct: Conduct
+) -> None:
+    """Write a report of long records alone: page, JSON, Markdown, JUnit."""
+    from validation.report import ReportInputs, Subject, build_report, collect_environment, write_report
+
+    names: dict[str, str] = {}
+    for run in runs:
+        names.setdefault(run.subject, run.label)
+    inputs = ReportInputs(
+        title=f"Long records, {runs[-1].label}",
+        subjects=tuple(Subject(name=label, digest=digest) for digest, label in names.items()),
+        weights_served="native",
+        environment=collect_environment(),
+        long_context=tuple(runs),
+        long_comparison=comparison,
+        conduct=conduct,
+        notes=(
+            "The server was named by its URL: machine and versions above are the client's, and what is served, "
+            "and that it is served as stored, is taken from --subject.",
+        ),
+    )
+    for path in write_report(build_report(inputs), directory).values():
+        click.echo(f"wrote {path}", err=True)
 
 
 def print_grid(run: LongRun) -> None:
