@@ -136,7 +136,7 @@ def write_long_report(
         long_comparison=comparison,
         conduct=conduct,
         notes=(
-            "The server was named by its URL: machine and versions above are the client's, and what is served, "
+            "The server was named by its URL: machine and versions above are the client's; what is served, "
             "and that it is served as stored, is taken from --subject.",
         ),
     )
