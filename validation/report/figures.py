@@ -139,13 +139,11 @@ def depth_grid(run: LongRun) -> Markup:
     for low, high in depths:
         label = f"{100 * low:.0f} %" if low == high else f"{100 * low:.0f} – {100 * high:.0f} %"
         rows.append((label, [heat(at.get((length, low))) for length in lengths]))
-    columns = [_tokens(round(length * run.trained_length)) for length in lengths]
+    tokens = [round(length * run.trained_length) for length in lengths]
+    short = all(count % 1024 == 0 for count in tokens)
+    columns = [f"{count // 1024}K" if short else f"{count:,}" for count in tokens]
     title = f"Values found by depth and length, {run.label}"
     return heat_map(title, columns, rows, across="tokens, by depth in the record")
-
-
-def _tokens(count: int) -> str:
-    return f"{count // 1024}K" if count >= 8192 and count % 1024 == 0 else f"{count:,}"
 
 
 def _throughput(report: Report) -> Markup:

@@ -186,14 +186,14 @@ def heat_map(
             x,
             round(width - 0.4, 2),
             _CELL_HEIGHT - 2,
-            0 if heat is None else round(0.06 + 0.84 * min(1.0, max(0.0, heat.share)), 3),
+            # Never so deep that the text on it, in the page's ink on light and dark, is hard to read.
+            0 if heat is None else round(0.04 + 0.56 * min(1.0, max(0.0, heat.share)), 3),
         )
         if heat is None:
             return box + _words(middle, 26, "–")
-        kind = "on" if heat.share > 0.55 else "off"
         if not heat.below:
-            return box + _words(middle, 26, heat.text, kind)
-        return box + _words(middle, 18, heat.text, f"{kind} strong") + _words(middle, 34, heat.below, kind)
+            return box + _words(middle, 26, heat.text, "cell")
+        return box + _words(middle, 18, heat.text, "cell strong") + _words(middle, 34, heat.below, "cell")
 
     parts = [Markup('<div class="plot heat" role="group" aria-label="{}">').format(title)]
     if across:
