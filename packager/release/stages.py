@@ -131,6 +131,7 @@ class _Release:
         from packager.bundle.contents import TOLERATED
         from packager.bundle.signature import SIGNATURE_NAME
         from packager.serving import fp8_runs_here
+        from validation.report.model import SCHEMA_VERSION
 
         recipe, ws, run = self.recipe, self.workspace, self.pipeline.run
         native, reason = fp8_runs_here(recipe.quantize.scheme)
@@ -172,7 +173,8 @@ class _Release:
             Stage(
                 "validate",
                 ws.evidence,
-                sections_of(recipe, "name", "validate", "gates"),
+                # A report of another schema is written anew, from the answers that were kept.
+                {**sections_of(recipe, "name", "validate", "gates"), "report_schema": SCHEMA_VERSION},
                 lambda: tuple(measured.values()),
                 lambda digest: self._validate(digest, measured),
             )
