@@ -226,7 +226,8 @@ def test_in_a_browser_the_page_sorts_unfolds_fits_the_width_and_is_silent(width:
     assert found["back"] == ["61.2", "9.8", "not measured", "100.0"]
     assert found["count"] == ["7", "90", "300", "1,204"]
     assert found["closed"] == found["open"] == found["wide"] == 0 and found["opened"] > 10
-    assert (found["boxes"] > 0) == (width == 390)  # on a phone a wide table scrolls inside its own box
+    if width == 390:
+        assert found["boxes"] > 0  # a wide table scrolls inside its own box
 
 
 def browse(path: Path) -> subprocess.CompletedProcess[str]:
