@@ -12,17 +12,11 @@ import click
 from packager.cli import options
 from packager.errors import UsageProblem
 from packager.serving.engine import ServeSpec, vllm_command
-from packager.serving.hardware import GB, hardware_file, parse_hardware
-from packager.serving.plan import (
-    Bound,
-    Fit,
-    Plan,
-    Precision,
-    held_precision,
-    make_plan,
-    model_bytes,
-    shape_config,
-)
+from packager.serving.plan import Fit, Plan, held_precision, make_plan, model_bytes, shape_config
+from validation.errors import MeasurementError
+from validation.hardware import GB, Hardware, hardware_file, parse_hardware
+from validation.models import Precision
+from validation.roofline import Rate
 
 _RELEASED = Path("BUNDLE")
 """Stands in the command for the folder that a release makes."""
@@ -75,8 +69,8 @@ def command(
     Weights need not be there: bytes are computed from config.json. The bound on speed is what bandwidth and
     arithmetic allow; no engine reaches it.
     """
-    from packager.bailing.config import BailingConfig
     from packager.checkpoint.source import CONFIG_NAME, open_folder
+    from packager.layouts import Described
 
     if (source is None) == (shape is None):
         raise UsageProblem(
@@ -86,7 +80,7 @@ def command(
         folder, config = None, shape_config(shape)
     else:
         folder = open_folder(str(source))
-        config = BailingConfig.parse(folder.json(CONFIG_NAME), folder.where(CONFIG_NAME))
+        config = Described.parse(folder.json(CONFIG_NAME), folder.where(CONFIG_NAME))
     if acceptance_length is not None and acceptance_length > draft_tokens + 1:
         raise UsageProblem(
             f"{draft_tokens} draft tokens cannot yield {acceptance_length} tokens a step",
@@ -105,7 +99,7 @@ def command(
     length = context or config.max_position_embeddings
     plan = make_plan(
         model,
-        parse_hardware(hardware) if hardware else None,
+        _cards(hardware) if hardware else None,
         context=length,
         concurrency=concurrency,
         acceptance_length=acceptance_length,
@@ -128,14 +122,22 @@ def command(
             tensor_parallel=chosen.hardware.count,
         )
         serve = vllm_command(spec, target="cuda")
-    longer = length > config.max_position_embeddings
+    trained = config.max_position_embeddings
+    longer = trained if length > trained else None
     if as_json:
         click.echo(json.dumps(_document(plan, serve, longer), indent=2))
     else:
         _print(plan, serve, None if served else made_by, longer, acceptance_length)
 
 
-def _document(plan: Plan, serve: list[str] | None, longer: bool) -> dict[str, Any]:
+def _cards(text: str) -> Hardware:
+    try:
+        return parse_hardware(text)
+    except MeasurementError as err:
+        raise UsageProblem(err.message, err.remedy) from None
+
+
+def _document(plan: Plan, serve: list[str] | None, longer: int | None) -> dict[str, Any]:
     model = plan.model
     return {
         "kind": "plan",
@@ -148,7 +150,7 @@ def _document(plan: Plan, serve: list[str] | None, longer: bool) -> dict[str, An
         "draft_from": model.draft_source,
         "kv_bytes_per_token": model.kv_per_token,
         "context": plan.context,
-        "needs_context_extension": longer,
+        "needs_context_extension": longer is not None,
         "concurrency": plan.concurrency,
         "hardware": plan.fit.hardware.label,
         "fits": plan.fits,
@@ -166,7 +168,7 @@ def _document(plan: Plan, serve: list[str] | None, longer: bool) -> dict[str, An
     }
 
 
-def _bound(bound: Bound) -> dict[str, Any]:
+def _bound(bound: Rate) -> dict[str, Any]:
     return {
         "concurrency": bound.concurrency,
         "context": bound.context,
@@ -188,7 +190,7 @@ def _size(count: float) -> str:
 
 
 def _print(
-    plan: Plan, serve: list[str] | None, made_by: str | None, longer: bool, acceptance: float | None
+    plan: Plan, serve: list[str] | None, made_by: str | None, longer: int | None, acceptance: float | None
 ) -> None:
     model, found = plan.model, plan.fit
     share = hardware_file().engine
@@ -221,8 +223,7 @@ def _print(
     if made_by:
         click.echo(f"  ({_RELEASED} is the folder that {made_by})")
     if longer:
-        trained = model.config.max_position_embeddings
-        click.echo(f"  (the config says {trained} tokens: extend it first with `packager extend-context`)")
+        click.echo(f"  (the config says {longer} tokens: extend it first with `packager extend-context`)")
 
 
 def _verdict(plan: Plan, found: Fit) -> str:
@@ -246,7 +247,7 @@ def _room(plan: Plan, found: Fit) -> str:
     return text
 
 
-def _print_bounds(title: str, bounds: tuple[Bound, ...]) -> None:
+def _print_bounds(title: str, bounds: tuple[Rate, ...]) -> None:
     if not bounds:
         return
     click.echo(f"\n{title}: (roofline bound, not a measurement)")
