@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -160,6 +161,47 @@ def test_json_document_and_serve_command() -> None:
     assert speculative == {"method": "eagle3", "model": "BUNDLE/draft", "num_speculative_tokens": 3}
 
 
+def test_every_declared_architecture_can_be_planned_and_a_dense_one_has_no_experts_to_spread() -> None:
+    done = CliRunner().invoke(
+        command,
+        ["--shape", "seed-oss-36b", "--precision", "bf16", "--hardware", "2xh200", "--plot", "--json"],
+    )
+    document = json.loads(done.stdout)
+    assert document["parameters"] == document["active_parameters"] == 36_151_104_512
+    assert [split["fits"] for split in document["splits"]] == [False, True, True, True]
+    assert not any(split["expert_parallel"] for split in document["splits"])
+    rates = [bound["tokens_per_s"] for bound in document["over_concurrency"]]
+    assert rates == sorted(rates)
+    assert len(rates) > 5
+    assert document["prefill_seconds_bound"] > 1
+
+
+SGLANG_OPTIONS = {
+    *("--model-path", "--served-model-name", "--host", "--port", "--context-length", "--tp-size"),
+    *("--speculative-algorithm", "--speculative-draft-model-path", "--speculative-num-steps"),
+    *("--speculative-eagle-topk", "--speculative-num-draft-tokens"),
+}
+"""Of `sglang.srt.server_args` 0.5.23, whose parser took the command below when this was written."""
+
+
+def test_the_sglang_command_has_its_documented_options_or_passes_its_parser() -> None:
+    done = CliRunner().invoke(
+        command, ["--shape", "ling-flash-2.0", "--hardware", "2xh20", "--context", str(CONTEXT), "--json"]
+    )
+    line = json.loads(done.stdout)["sglang_command"]
+    assert line[:3] == ["python", "-m", "sglang.launch_server"]
+    given = dict(zip(line[3::2], line[4::2], strict=True))
+    assert set(given) <= SGLANG_OPTIONS
+    assert (given["--speculative-num-steps"], given["--speculative-num-draft-tokens"]) == ("3", "4")
+    try:
+        from sglang.srt.server_args import ServerArgs  # type: ignore[import-not-found]
+    except ImportError:
+        return
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    assert parser.parse_args(line[3:]).tp_size == 2
+
+
 def test_a_config_without_weights_is_enough(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source")
     bare = tmp_path / "bare"
@@ -168,7 +210,8 @@ def test_a_config_without_weights_is_enough(tmp_path: Path) -> None:
     done = CliRunner().invoke(command, [str(bare), "--precision", "bf16", "--no-draft"])
     assert done.exit_code == 0, done.output
     assert "computed from config.json" in done.stdout
-    assert shlex.split(done.stdout.splitlines()[-1])[:3] == ["vllm", "serve", str(bare)]
+    lines = done.stdout.splitlines()
+    assert shlex.split(lines[lines.index("serve with vLLM") + 1])[:3] == ["vllm", "serve", str(bare)]
 
 
 def test_a_release_that_does_not_fit_names_what_would_hold_it() -> None:

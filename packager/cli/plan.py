@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,8 +13,16 @@ import click
 
 from packager.cli import options
 from packager.errors import UsageProblem
-from packager.serving.engine import ServeSpec, vllm_command
-from packager.serving.plan import Fit, Plan, held_precision, make_plan, model_bytes, shape_config
+from packager.serving.engine import ServeSpec, sglang_command, vllm_command
+from packager.serving.plan import (
+    Fit,
+    Plan,
+    held_precision,
+    make_plan,
+    model_bytes,
+    over_concurrency,
+    shape_config,
+)
 from validation.errors import MeasurementError
 from validation.hardware import GB, Hardware, hardware_file, parse_hardware
 from validation.models import Precision
@@ -48,6 +58,7 @@ _RELEASED = Path("BUNDLE")
     type=click.FloatRange(min=1),
     help="Tokens a target step yields with the draft: an assumption, for a bound with the draft.",
 )
+@click.option("--plot", is_flag=True, help="Draw the bound over concurrency, in the terminal.")
 @options.as_json
 def command(
     source: str | None,
@@ -60,6 +71,7 @@ def command(
     draft_vocab: int | None,
     draft_tokens: int,
     acceptance_length: float | None,
+    plot: bool,
     as_json: bool,
 ) -> None:
     """Whether the model in SOURCE can be served, and how fast at best.
@@ -112,7 +124,7 @@ def command(
     if folder and folder.path is None and as_it_is:
         made_by = f"`hf download {' --revision '.join(folder.name.removeprefix('hf://').split('@'))}` prints"
     chosen = plan.fit if plan.fits else plan.alternative
-    serve = None
+    serve: dict[str, list[str]] = {}
     if chosen is not None:
         spec = ServeSpec(
             model=served or _RELEASED,
@@ -121,13 +133,15 @@ def command(
             max_model_len=length,
             tensor_parallel=chosen.hardware.count,
         )
-        serve = vllm_command(spec, target="cuda")
+        serve = {"vLLM": vllm_command(spec, target="cuda"), "SGLang": sglang_command(spec)}
     trained = config.max_position_embeddings
     longer = trained if length > trained else None
     if as_json:
         click.echo(json.dumps(_document(plan, serve, longer), indent=2))
     else:
         _print(plan, serve, None if served else made_by, longer, acceptance_length)
+        if plot and plan.fits:
+            _plot(over_concurrency(plan))
 
 
 def _cards(text: str) -> Hardware:
@@ -137,7 +151,7 @@ def _cards(text: str) -> Hardware:
         raise UsageProblem(err.message, err.remedy) from None
 
 
-def _document(plan: Plan, serve: list[str] | None, longer: int | None) -> dict[str, Any]:
+def _document(plan: Plan, serve: dict[str, list[str]], longer: int | None) -> dict[str, Any]:
     model = plan.model
     return {
         "kind": "plan",
@@ -164,7 +178,20 @@ def _document(plan: Plan, serve: list[str] | None, longer: int | None) -> dict[s
         "decode_bounds_with_draft": [_bound(bound) for bound in plan.draft_bounds],
         "smallest_that_fits": plan.alternative.hardware.label if plan.alternative else None,
         "smallest_of_these_cards": plan.same_card.hardware.label if plan.same_card else None,
-        "serve_command": serve,
+        "splits": [
+            {
+                "hardware": split.fit.hardware.label,
+                "fits": split.fit.problem is None,
+                "problem": split.fit.problem,
+                "expert_parallel": split.expert_parallel,
+                "kv_cache_tokens": split.fit.kv_tokens,
+            }
+            for split in plan.splits
+        ],
+        "prefill_seconds_bound": plan.prefill.seconds if plan.prefill else None,
+        "over_concurrency": [_bound(bound) for bound in over_concurrency(plan)] if plan.fits else [],
+        "serve_command": serve.get("vLLM"),
+        "sglang_command": serve.get("SGLang"),
     }
 
 
@@ -190,7 +217,7 @@ def _size(count: float) -> str:
 
 
 def _print(
-    plan: Plan, serve: list[str] | None, made_by: str | None, longer: int | None, acceptance: float | None
+    plan: Plan, serve: dict[str, list[str]], made_by: str | None, longer: int | None, acceptance: float | None
 ) -> None:
     model, found = plan.model, plan.fit
     share = hardware_file().engine
@@ -216,14 +243,44 @@ def _print(
         click.echo(f"{name:<11} {value}")
     _print_bounds("decoding, at best", plan.bounds)
     _print_bounds(f"with the draft, if {acceptance or 0:g} tokens a step are accepted", plan.draft_bounds)
-    if serve is None:
+    if plan.prefill is not None:
+        click.echo(
+            f"\nreading a prompt of {plan.context} tokens: {plan.prefill.seconds:.2f} s at best "
+            f"({plan.prefill.limited_by})"
+        )
+    _print_splits(plan)
+    if not serve:
         return
-    click.echo("\nserve with" if plan.fits else "\nthere, serve with")
-    click.echo(f"  {shlex.join(serve)}")
+    where = "" if plan.fits else "there, "
+    for engine, line in serve.items():
+        click.echo(f"\n{where}serve with {engine}")
+        click.echo(f"  {shlex.join(line)}")
     if made_by:
         click.echo(f"  ({_RELEASED} is the folder that {made_by})")
     if longer:
         click.echo(f"  (the config says {longer} tokens: extend it first with `packager extend-context`)")
+
+
+def _print_splits(plan: Plan) -> None:
+    click.echo(f"\nways to split it over cards like this one, for {plan.context} tokens:")
+    for split in plan.splits:
+        found = split.fit
+        if found.problem is not None:
+            says = found.problem
+        else:
+            says = f"{found.kv_tokens} tokens of cache"
+            if split.expert_parallel:
+                says += "; experts may stay whole (--enable-expert-parallel)"
+        click.echo(textwrap.fill(f"  {found.hardware.label}: {says}", 79, subsequent_indent="    "))
+
+
+def _plot(bounds: Sequence[Rate]) -> None:
+    most = max(bound.tokens_per_s for bound in bounds)
+    click.echo(f"\nbound over concurrency, {bounds[0].context} tokens of context each:")
+    click.echo(f"  {'concurrency':>11} {'tokens/s':>9} {'each':>7}")
+    for bound in bounds:
+        bar = "█" * max(1, round(44 * bound.tokens_per_s / most))
+        click.echo(f"  {bound.concurrency:>11} {bound.tokens_per_s:>9.0f} {bound.each:>7.0f} {bar}")
 
 
 def _verdict(plan: Plan, found: Fit) -> str:

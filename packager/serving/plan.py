@@ -20,7 +20,7 @@ from packager.errors import BadInput, UsageProblem
 from packager.layouts import QUANTIZABLE, Described, Model, Role, count_parameters
 from validation.hardware import GB, Hardware, hardware_file
 from validation.models import ModelShape, Precision
-from validation.roofline import Draft, Rate, Setting, decode_rate
+from validation.roofline import Draft, Rate, Setting, Step, decode_rate, prefill_step
 
 Config = BailingConfig | Described
 BLOCK = 128
@@ -308,6 +308,27 @@ def smallest(model: ModelBytes, context: int, key: str | None = None) -> Fit | N
 
 
 @dataclass(frozen=True)
+class Split:
+    """A number of cards, and how the model lies on them."""
+
+    fit: Fit
+    expert_parallel: bool
+    """Whether its experts can be spread whole over the cards instead of each being split."""
+
+
+def splits(model: ModelBytes, hardware: Hardware, context: int) -> tuple[Split, ...]:
+    """One card to eight of a kind: what fits, and whether experts can be kept whole."""
+    experts = model.layout.experts
+    return tuple(
+        Split(
+            fit(model, hardware.with_count(count), context),
+            bool(experts) and experts % count == 0 < count - 1,
+        )
+        for count in COUNTS
+    )
+
+
+@dataclass(frozen=True)
 class Plan:
     """The answer of `packager plan`."""
 
@@ -318,6 +339,10 @@ class Plan:
     bounds: tuple[Rate, ...]
     draft_bounds: tuple[Rate, ...]
     """The same with a draft at the assumed acceptance length; empty: none assumed."""
+    splits: tuple[Split, ...]
+    """Ways to use one card to eight of the kind."""
+    prefill: Step | None
+    """Reading one prompt that fills the context; None: it does not fit."""
     alternative: Fit | None
     """The smallest hardware that fits, if this does not."""
     same_card: Fit | None
@@ -332,6 +357,14 @@ class Plan:
     def context_at_concurrency(self) -> int:
         """Tokens each of `concurrency` requests can have at once."""
         return min(self.context, self.fit.kv_tokens // self.concurrency)
+
+
+def over_concurrency(plan: Plan, most: int = 512) -> tuple[Rate, ...]:
+    """The bound at 1, 2, 4, ... requests of the short context, as far as their cache fits."""
+    context = min(SHORT_CONTEXT, plan.context)
+    room = plan.fit.kv_tokens // max(1, context)
+    counts = [1 << power for power in range(most.bit_length()) if 1 << power <= min(most, room)]
+    return tuple(decode_bound(plan.model, plan.fit.hardware, count, context) for count in counts)
 
 
 def make_plan(
@@ -376,6 +409,7 @@ def make_plan(
                 for n, length in points
             )
     failed = found.problem is not None
+    setting = Setting(precision=model.precision, tensor=found.hardware.count)
     return Plan(
         model=model,
         fit=found,
@@ -383,6 +417,10 @@ def make_plan(
         concurrency=concurrency,
         bounds=bounds,
         draft_bounds=drafted,
+        splits=splits(model, found.hardware, context),
+        prefill=None
+        if failed
+        else prefill_step(model.shape, found.hardware.card, setting, prompts=1, length=context),
         alternative=smallest(model, context) if failed else None,
         same_card=smallest(model, context, found.hardware.key) if failed else None,
     )
