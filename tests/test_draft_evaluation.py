@@ -156,7 +156,7 @@ def test_a_report_says_when_serving_is_not_what_training_predicted() -> None:
         run = _throughput("draft", {1: 100.0})
         return run.model_copy(update={"cells": (run.cells[0].model_copy(update={"acceptance": accepted}),)})
 
-    metrics = {"predicted_acceptance": {"per_position": [0.8, 0.7, 0.5]}}
+    metrics = {"predicted_acceptance": {"by_tokens": {"3": [0.8, 0.7, 0.5]}}}
     [alarm] = acceptance_alarms(metrics, served(2.5), 3)
     assert "predicted in training 3.00, served 2.50" in alarm
     assert acceptance_alarms(metrics, served(2.95), 3) == ()

@@ -167,14 +167,12 @@ class Agreement:
 
 
 def agreement(metrics: Mapping[str, Any], tokens: int, served: float) -> Agreement | None:
-    """Compare with the prediction that training sealed; None where it predicts fewer positions than `tokens`.
+    """Compare with the prediction that training sealed; None where it made none for `tokens`.
 
     Args:
         metrics: of the draft's manifest, with `predicted_acceptance`.
         tokens: draft tokens a step, K.
         served: acceptance length at that K.
     """
-    rates = (metrics.get("predicted_acceptance") or {}).get("per_position") or []
-    if len(rates) < tokens:
-        return None
-    return Agreement(1.0 + sum(float(rate) for rate in rates[:tokens]), served)
+    rates = ((metrics.get("predicted_acceptance") or {}).get("by_tokens") or {}).get(str(tokens))
+    return Agreement(1.0 + sum(float(rate) for rate in rates), served) if rates else None

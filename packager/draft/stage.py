@@ -37,10 +37,15 @@ class TrainedDraft:
 
     trainer: Trainer
     vocabulary: VocabularyMap
-    predicted: Accepted
-    """Acceptance along the responses to held-out prompts, predicted without serving."""
+    predictions: dict[int, Accepted]
+    """Acceptance along the responses to held-out prompts, predicted without serving, by draft tokens."""
     metrics: dict[str, Any]
     """What the manifest says about it; no times."""
+
+    @property
+    def predicted(self) -> Accepted:
+        """The prediction for as many draft tokens as the recipe names."""
+        return self.predictions[self.trainer.spec.num_speculative_tokens]
 
 
 def response_vocabulary(data: DraftData, spec: DraftSpec, target_size: int) -> VocabularyMap:
@@ -175,7 +180,8 @@ def train(
             sides[held_out(record["id"])].append(record)
         training, held = samples(sides[False], data.states), samples(sides[True], data.states)
         progress(f"draft: training on {len(training)} responses, {len(held)} held out")
-        predicted = trainer.run(training, held, progress, on_step)
+        predictions = trainer.run(training, held, progress, on_step)
+    predicted = predictions[spec.num_speculative_tokens]
     if predicted.drafts:
         rates = " ".join(f"{rate:.3f}" for rate in predicted.per_position)
         progress(f"draft: predicted acceptance length {predicted.length:.2f} on held-out prompts ({rates})")
@@ -191,13 +197,18 @@ def train(
             "length": round(predicted.length, 4) if predicted.drafts else None,
             "per_position": [round(rate, 4) for rate in predicted.per_position],
             "drafts": predicted.drafts,
+            "by_tokens": {
+                str(tokens): [round(rate, 4) for rate in one.per_position]
+                for tokens, one in predictions.items()
+                if one.drafts
+            },
             "kind": f"along the {'sampled' if spec.temperature else 'greedy'} responses to held-out prompts, "
             "not served",
         },
     }
     if trainer.best:
         metrics |= {"best_step": trainer.best.step, "last_step": trainer.done}
-    return TrainedDraft(trainer, vocabulary, predicted, metrics)
+    return TrainedDraft(trainer, vocabulary, predictions, metrics)
 
 
 def export(
