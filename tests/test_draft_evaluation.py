@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from packager.cli.draft_evaluate import _print_breakeven, _print_evaluation
+from packager.cli.draft_breakeven import _print_breakeven
+from packager.cli.draft_evaluate import _print_evaluation
 from packager.draft.acceptance import AcceptanceReport, Evaluation
 from packager.draft.speedup import Agreement, needed_acceptance
 from packager.draft.validator import validate_draft
