@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.argument("target", type=DIRECTORY)
 @click.option("--recipe", type=FILE, help="Take the draft's shape from a release recipe.")
 @click.option("--vocab-size", type=click.IntRange(min=1), help="Draft vocabulary.")
-@click.option("--aux-layers", callback=whole_numbers, metavar="N,N,…", help="Layers whose inputs feed the draft.")
+@click.option(
+    "--aux-layers", callback=whole_numbers, metavar="N,N,…", help="Layers whose inputs feed the draft."
+)
 @click.option("--intermediate-size", type=click.IntRange(min=1))
 @measuring(count=12, repeats=2)
 @click.option("--tokens", type=click.IntRange(min=1), default=3, show_default=True, help="Draft tokens (K).")

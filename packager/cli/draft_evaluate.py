@@ -12,6 +12,7 @@ import click
 from packager.cli import options
 from packager.cli.draft_measuring import (
     DIRECTORY,
+    FILE,
     WIDTH,
     measuring,
     prompts_of,
@@ -65,6 +66,11 @@ def _long_prompts(source: Path | None, contexts: tuple[int, ...], count: int) ->
 @click.option("--context-count", type=click.IntRange(min=1), default=12, show_default=True)
 @click.option("--max-response-tokens", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--check-only", is_flag=True, help="Check the files; serve nothing.")
+@click.option(
+    "--out",
+    type=FILE,
+    help="Also write the evaluation, with the digests of what was measured, for `draft compare` and reports.",
+)
 @options.as_json
 def evaluate_command(
     target: Path,
@@ -80,6 +86,7 @@ def evaluate_command(
     repeats: int,
     tensor_parallel: int,
     check_only: bool,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     """Check DRAFT and measure on TARGET, served by vLLM, what it is worth.
@@ -88,9 +95,10 @@ def evaluate_command(
     output stays the same, speed against no draft at each --concurrency, where speculation stops to pay, and
     the settings to serve with.
     """
-    from packager.artifact import is_sealed, read_manifest
+    from packager.artifact import is_sealed, read_manifest, writing
     from packager.draft.imported import look_at
     from packager.release.draft_evaluation import Plan, evaluate_draft
+    from packager.release.draft_record import SCHEMA_VERSION, DraftRecord, measured
     from packager.serving import ServeSpec
 
     found = look_at(draft, target)
@@ -98,9 +106,9 @@ def evaluate_command(
         progress(f"problem: {problem}")
     document: dict[str, Any] = {
         "kind": "draft evaluation",
-        "schema_version": 1,
-        "target": str(target),
-        "draft": str(draft),
+        "schema_version": SCHEMA_VERSION,
+        "target": target.resolve().name,
+        "draft": draft.resolve().name,
         "form": found.form,
         "problems": found.problems,
         "cannot_be_measured": found.obstacles,
@@ -128,6 +136,9 @@ def evaluate_command(
         contexts,
         _long_prompts(source, contexts, context_count),
     )
+    if out is not None and not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is not a folder, so {out.name} cannot be written there")
+    document["measured"] = measured(target, draft, plan.prompts, plan.long_prompts).model_dump(mode="json")
     metrics = {} if imported or not is_sealed(draft) else read_manifest(draft).metrics
     try:
         result = evaluate_draft(plan, metrics, progress)
@@ -138,8 +149,13 @@ def evaluate_command(
         raise RemoteFailure(
             f"the engine failed with a draft that has problems:\n{listed}\n{err.message}", err.remedy
         ) from err
+    document |= result.as_dict()
+    if out is not None:
+        text = DraftRecord.model_validate(document).model_dump_json(indent=1)
+        with writing(out):
+            out.write_text(text + "\n", encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(document | result.as_dict(), ensure_ascii=False))
+        click.echo(json.dumps(document, ensure_ascii=False))
     else:
         _print_evaluation(result, found.problems)
 

@@ -1,4 +1,4 @@
-"""What `draft evaluate` and `draft breakeven` share: options of a measurement, prompts, the check before it."""
+"""What `draft evaluate` and `draft breakeven` share: a measurement's options and prompts, the check before."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def measuring(*, count: int, repeats: int) -> Decorator:
         click.option(
             "--prompts", "source", type=FILE, help="JSONL of chat messages; without it held-out nano items."
         ),
-        click.option("--count", type=click.IntRange(min=1), default=count, show_default=True, help="Prompts."),
+        click.option(
+            "--count", type=click.IntRange(min=1), default=count, show_default=True, help="Prompts."
+        ),
         click.option(
             "--concurrency",
             callback=whole_numbers,

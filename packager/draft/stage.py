@@ -41,6 +41,8 @@ class TrainedDraft:
     """Acceptance along the responses to held-out prompts, predicted without serving, by draft tokens."""
     metrics: dict[str, Any]
     """What the manifest says about it; no times."""
+    target: str
+    """Digest of the target whose states it learned from."""
 
     @property
     def predicted(self) -> Accepted:
@@ -208,7 +210,7 @@ def train(
     }
     if trainer.best:
         metrics |= {"best_step": trainer.best.step, "last_step": trainer.done}
-    return TrainedDraft(trainer, vocabulary, predictions, metrics)
+    return TrainedDraft(trainer, vocabulary, predictions, metrics, data.target)
 
 
 def export(
@@ -234,7 +236,7 @@ def export(
         else:
             tokens = trained.trainer.spec.num_speculative_tokens
             write_speculators(writer, head, trained.vocabulary, config, verifier=verifier, tokens=tokens)
-        writer.write_json("training.json", trained.trainer.settings())
+        writer.write_json("training.json", {**trained.trainer.settings(), "target": trained.target})
         rows = read_log(trained.trainer.log)
         writer.write_bytes(LOG_NAME, "".join(json.dumps(row) + "\n" for row in rows).encode())
         writer.write_bytes(PLOT_NAME, training_svg(rows))

@@ -373,9 +373,7 @@ class Trainer:
                 row[: length + 1] += torch.tensor([drafts, *counts])
         self.ranks.reshard(self.head)
         found = self.ranks.sum(sums.to(self.device)).tolist()
-        return {
-            length: (row[1 : length + 1], row[0]) for row, length in zip(found, lengths, strict=True)
-        }
+        return {length: (row[1 : length + 1], row[0]) for row, length in zip(found, lengths, strict=True)}
 
     def _save(self) -> None:
         """Write the checkpoint; the parameters are gathered by all processes and written by the first."""

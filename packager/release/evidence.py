@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.artifact import ArtifactWriter, Manifest
+from packager.artifact import ArtifactWriter, Manifest, read_manifest
 from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
@@ -302,6 +302,7 @@ def collect_evidence(
     say: Say,
 ) -> Manifest:
     """Measure, judge, and seal the report in `evidence/`, whether the gates are passed or not."""
+    from packager.release.draft_panels import embedded
     from validation.report import (
         ReportInputs,
         StageFigures,
@@ -311,6 +312,11 @@ def collect_evidence(
         write_report,
     )
 
+    evaluated, panels = embedded(
+        [Path(file).expanduser() for file in recipe.validate_.draft_evaluations],
+        draft=read_manifest(workspace.draft).digest,
+        target=read_manifest(workspace.context).digest,
+    )
     found = measure(recipe, workspace, variants, say)
     alarms = acceptance_alarms(
         next((stage.metrics for stage in before if stage.name == "draft"), {}),
@@ -323,7 +329,10 @@ def collect_evidence(
     report = build_report(
         ReportInputs(
             title=recipe.name,
-            subjects=tuple(Subject(name=label, digest=digest) for digest, label in runs.items()),
+            subjects=(
+                *(Subject(name=label, digest=digest) for digest, label in runs.items()),
+                *evaluated,
+            ),
             weights_served=variants.weights_served,
             weights_note=variants.why_dequantized,
             environment=collect_environment(),
@@ -335,6 +344,7 @@ def collect_evidence(
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
+            panels=panels,
             stages=tuple(
                 StageFigures(
                     stage=stage.name,
