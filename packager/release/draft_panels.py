@@ -8,8 +8,8 @@ from pathlib import Path
 from packager.errors import BadInput
 from packager.release.draft_record import (
     Cell,
-    DraftRecord,
     Drafted,
+    DraftRecord,
     differing_settings,
     labels,
     read_record,
