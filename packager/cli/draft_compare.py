@@ -13,6 +13,8 @@ from packager.cli import options
 from packager.cli.draft_measuring import FILE, WIDTH
 
 if TYPE_CHECKING:
+    from rich.table import Table as Printed
+
     from validation.panel import Column, Table
 
 
@@ -32,25 +34,26 @@ def compare_command(evaluations: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(panel.model_dump(mode="json"), ensure_ascii=False))
         return
-    click.echo(panel.summary)
-    for table in panel.tables:
-        _print_table(table)
-    for note in panel.notes:
-        click.echo(note)
-
-
-def _print_table(table: Table) -> None:
-    from rich import box
     from rich.console import Console
+
+    console = Console(file=sys.stdout, width=WIDTH, highlight=False, markup=False)
+    console.print(panel.summary)
+    for table in panel.tables:
+        console.print(_printed(table))
+    for note in panel.notes:
+        console.print(note)
+
+
+def _printed(table: Table) -> Printed:
+    from rich import box
     from rich.table import Table as Printed
 
     printed = Printed(box=box.SIMPLE_HEAD, pad_edge=False, title=table.caption, title_justify="left")
     for column in table.columns:
-        title = f"{column.name}, {column.unit}" if column.unit else column.name
-        printed.add_column(title, justify="left" if column.kind == "text" else "right")
+        printed.add_column(column.name, justify="left" if column.kind == "text" else "right")
     for row in table.rows:
         printed.add_row(*(_shown(value, column) for value, column in zip(row, table.columns, strict=True)))
-    Console(file=sys.stdout, width=WIDTH, highlight=False, markup=False).print(printed)
+    return printed
 
 
 def _shown(value: str | int | float | None, column: Column) -> str:

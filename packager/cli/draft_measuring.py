@@ -1,4 +1,4 @@
-"""What `draft evaluate` and `draft breakeven` share: a measurement's options and prompts, the check before."""
+"""What `draft evaluate` and `draft breakeven` share: options of a measurement, prompts, the check before."""
 
 from __future__ import annotations
 

@@ -101,16 +101,16 @@ def comparison_panel(records: Sequence[DraftRecord]) -> Panel:
     columns = (
         Column(name="draft", kind="text"),
         Column(name="K", digits=0),
-        Column(name="acceptance length", unit="tokens", digits=3),
+        Column(name="length", unit="tokens", digits=3),
         Column(name="standard error", unit="tokens", digits=3),
-        Column(name=f"difference to {names[0]}", unit="tokens", digits=3),
+        Column(name="difference", unit="tokens", digits=3),
         Column(name="its standard error", unit="tokens", digits=3),
         Column(name="predicted", unit="tokens", digits=3),
         Column(name="speed", unit="x", digits=2),
     )
     tables = [
         Table(
-            caption=f"Acceptance at concurrency {low}, by the engine's counters",
+            caption=f"Acceptance length at concurrency {low}, by the engine's counters; differences to {names[0]}",
             columns=columns,
             rows=tuple(rows),
         ),
