@@ -110,7 +110,7 @@ def comparison_panel(records: Sequence[DraftRecord]) -> Panel:
     )
     tables = [
         Table(
-            caption=f"Acceptance length at concurrency {low}, by the engine's counters; differences to {names[0]}",
+            caption=f"Acceptance at concurrency {low}, by the engine's counters; differences to {names[0]}",
             columns=columns,
             rows=tuple(rows),
         ),
