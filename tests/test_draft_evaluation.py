@@ -20,7 +20,7 @@ from packager.errors import BadInput
 from packager.recipe import SpeculationRange
 from packager.release.draft_breakeven import Breakeven, Level, Point, write_untrained
 from packager.release.draft_evaluation import Cell, DraftEvaluation, Identity, Plan, ServerRun
-from packager.release.draft_panels import comparison_panel, embedded
+from packager.release.draft_panels import comparison_panel, draft_panels, records_for
 from packager.release.draft_record import (
     SCHEMA_VERSION,
     Acceptance,
@@ -291,7 +291,8 @@ def test_a_release_shows_what_was_measured_on_its_own_bytes_and_nothing_else(
     """`target_made_from` names the context that the dequantized target came from."""
     own = _written(tmp_path / "own.json", _document(found, "t", "own", states_dtype="bfloat16"))
     other = _written(tmp_path / "other.json", _document(found, "t", "other", states_dtype="float8"))
-    subjects, panels = embedded([own, other], draft="sha256:own", target="sha256:context")
+    records = records_for([own, other], target="sha256:context")
+    subjects, panels = draft_panels(records, draft="sha256:own")
     assert [panel.key for panel in panels] == ["draft-evaluation", "drafts-compared"]
     assert "more than 5 % apart" in " ".join(panels[0].notes)
     inputs = ReportInputs(
@@ -308,11 +309,11 @@ def test_a_release_shows_what_was_measured_on_its_own_bytes_and_nothing_else(
             break
     else:
         pytest.fail("no row for K = 7 at 16")
-    assert embedded([], draft="sha256:own", target="sha256:context") == ((), ())
+    assert draft_panels([], draft="sha256:own") == ((), ())
     with pytest.raises(BadInput, match="not on this release's"):
-        embedded([own], draft="sha256:own", target="sha256:elsewhere")
+        records_for([own], target="sha256:elsewhere")
     with pytest.raises(BadInput, match="this release's draft"):
-        embedded([other], draft="sha256:own", target="sha256:context")
+        draft_panels(records[1:], draft="sha256:own")
 
 
 # ---- before training --------------------------------------------------------------------------------------

@@ -95,25 +95,25 @@ def evaluate_command(
     output stays the same, speed against no draft at each --concurrency, where speculation stops to pay, and
     the settings to serve with.
     """
-    from packager.artifact import is_sealed, read_manifest, writing
+    from packager.artifact import is_sealed, read_manifest
     from packager.draft.imported import look_at
     from packager.release.draft_evaluation import Plan, evaluate_draft
-    from packager.release.draft_record import SCHEMA_VERSION, DraftRecord, measured
+    from packager.release.draft_record import KIND, SCHEMA_VERSION, measured, record_of, write_record
     from packager.serving import ServeSpec
 
     found = look_at(draft, target)
     for problem in found.problems:
         progress(f"problem: {problem}")
-    document: dict[str, Any] = {
-        "kind": "draft evaluation",
-        "schema_version": SCHEMA_VERSION,
-        "target": target.resolve().name,
-        "draft": draft.resolve().name,
-        "form": found.form,
-        "problems": found.problems,
-        "cannot_be_measured": found.obstacles,
-    }
+    names = {"target": target.resolve().name, "draft": draft.resolve().name}
     if check_only:
+        document: dict[str, Any] = {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            **names,
+            "form": found.form,
+            "problems": found.problems,
+            "cannot_be_measured": found.obstacles,
+        }
         text = f"{len(found.problems)} problems in {draft} ({found.form})"
         click.echo(json.dumps(document, ensure_ascii=False) if as_json else text)
         if found.problems:
@@ -138,7 +138,7 @@ def evaluate_command(
     )
     if out is not None and not out.parent.is_dir():
         raise BadInput(f"{out.parent} is not a folder, so {out.name} cannot be written there")
-    document["measured"] = measured(target, draft, plan.prompts, plan.long_prompts).model_dump(mode="json")
+    bound = measured(target, draft, plan.prompts, plan.long_prompts)
     metrics = {} if imported or not is_sealed(draft) else read_manifest(draft).metrics
     try:
         result = evaluate_draft(plan, metrics, progress)
@@ -149,13 +149,11 @@ def evaluate_command(
         raise RemoteFailure(
             f"the engine failed with a draft that has problems:\n{listed}\n{err.message}", err.remedy
         ) from err
-    document |= result.as_dict()
+    record = record_of(result, bound, found, **names)
     if out is not None:
-        text = DraftRecord.model_validate(document).model_dump_json(indent=1)
-        with writing(out):
-            out.write_text(text + "\n", encoding="utf-8")
+        write_record(out, record)
     if as_json:
-        click.echo(json.dumps(document, ensure_ascii=False))
+        click.echo(json.dumps(record.model_dump(mode="json"), ensure_ascii=False))
     else:
         _print_evaluation(result, found.problems)
 

@@ -138,24 +138,13 @@ def comparison_panel(records: Sequence[DraftRecord]) -> Panel:
     )
 
 
-def embedded(
-    files: Sequence[Path], *, draft: str, target: str
-) -> tuple[tuple[Subject, ...], tuple[Panel, ...]]:
-    """The panels of evaluation files for the report of a release, and the subjects that they are bound to.
-
-    Each file must have been measured on the release's target, or on a dequantized copy of it, and one of
-    them at least with the release's draft. Files of other drafts are compared with it.
-
-    Args:
-        files: written by `draft evaluate --out`.
-        draft: digest of the release's draft.
-        target: digest of the release's extended checkpoint.
+def records_for(files: Sequence[Path], *, target: str) -> list[DraftRecord]:
+    """The evaluations in `files`, written by `draft evaluate --out`, for a release whose extended checkpoint
+    has the digest `target`.
 
     Raises:
-        BadInput: a file is no evaluation, or not of this release.
+        BadInput: a file is no evaluation, or was measured neither on that checkpoint nor on a dequantized copy.
     """
-    if not files:
-        return (), ()
     records = [read_record(path) for path in files]
     for path, record in zip(files, records, strict=True):
         if target not in (record.measured.target, *record.measured.target_made_from):
@@ -163,6 +152,20 @@ def embedded(
                 f"{path} was measured on {record.measured.target}, not on this release's {target}",
                 "Evaluate on the release's context/ folder, or on a dequantized copy of it.",
             )
+    return records
+
+
+def draft_panels(
+    records: Sequence[DraftRecord], *, draft: str
+) -> tuple[tuple[Subject, ...], tuple[Panel, ...]]:
+    """The panels of a release's report, and the subjects that they are bound to: each evaluation of the
+    release's draft, whose digest is `draft`, and its comparison with the other drafts, if there are any.
+
+    Raises:
+        BadInput: none is of the release's draft, or they were not measured alike.
+    """
+    if not records:
+        return (), ()
     own = [one for one in records if one.measured.draft == draft]
     if not own:
         raise BadInput(

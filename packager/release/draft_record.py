@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from packager.artifact import is_sealed, read_manifest
+from packager.artifact import is_sealed, read_manifest, writing
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, read_json_object
 from packager.draft.config import rope_of
 from packager.draft.forms import flat_config
@@ -23,8 +23,10 @@ from validation.document import Document, digest_of
 from validation.environment import Environment, collect_environment
 
 if TYPE_CHECKING:
-    from packager.release.draft_evaluation import Prompts
+    from packager.draft.imported import DraftFindings
+    from packager.release.draft_evaluation import DraftEvaluation, Prompts
 
+KIND = "draft evaluation"
 SCHEMA_VERSION = 2
 TRAINING_NAME = "training.json"
 
@@ -200,6 +202,33 @@ def measured(target: Path, draft: Path, prompts: Prompts, long_prompts: Prompts)
     )
 
 
+def record_of(
+    result: DraftEvaluation, bound: Measured, found: DraftFindings, *, target: str, draft: str
+) -> DraftRecord:
+    """The record of an evaluation; `target` and `draft` are the names that readers see."""
+    return DraftRecord.model_validate(
+        {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            "target": target,
+            "draft": draft,
+            "form": found.form,
+            "problems": found.problems,
+            "cannot_be_measured": found.obstacles,
+            "measured": bound,
+            **result.as_dict(),
+        }
+    )
+
+
+def write_record(path: Path, record: DraftRecord) -> None:
+    """Write the record as JSON, at once. Raises BadInput where it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        part.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
 def _made_from(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(read_manifest(folder).inputs.values())) if is_sealed(folder) else ()
 
@@ -211,7 +240,7 @@ def read_record(path: Path) -> DraftRecord:
         BadInput: missing, malformed, or of another version.
     """
     document = read_json_object(path)
-    if document.get("kind") != "draft evaluation" or document.get("schema_version") != SCHEMA_VERSION:
+    if document.get("kind") != KIND or document.get("schema_version") != SCHEMA_VERSION:
         found = f"{document.get('kind')!r}, version {document.get('schema_version')}"
         raise BadInput(
             f"{path} is not a draft evaluation of version {SCHEMA_VERSION} but {found}",

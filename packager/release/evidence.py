@@ -302,7 +302,8 @@ def collect_evidence(
     say: Say,
 ) -> Manifest:
     """Measure, judge, and seal the report in `evidence/`, whether the gates are passed or not."""
-    from packager.release.draft_panels import embedded
+    from packager.release.draft_measured import measure_draft
+    from packager.release.draft_panels import draft_panels, records_for
     from validation.report import (
         ReportInputs,
         StageFigures,
@@ -312,12 +313,13 @@ def collect_evidence(
         write_report,
     )
 
-    evaluated, panels = embedded(
-        [Path(file).expanduser() for file in recipe.validate_.draft_evaluations],
-        draft=read_manifest(workspace.draft).digest,
-        target=read_manifest(workspace.context).digest,
-    )
+    files = [Path(file).expanduser() for file in recipe.validate_.draft_evaluations]
+    given = records_for(files, target=read_manifest(workspace.context).digest)
     found = measure(recipe, workspace, variants, say)
+    own = measure_draft(recipe, workspace, variants, say)
+    evaluated, panels = draft_panels(
+        [*([own] if own else []), *given], draft=read_manifest(workspace.draft).digest
+    )
     alarms = acceptance_alarms(
         next((stage.metrics for stage in before if stage.name == "draft"), {}),
         found.with_draft,
@@ -369,9 +371,9 @@ def collect_evidence(
         return writer.seal(
             summary(report, found)
             | {
-                "speculation": speculation(
-                    found.without_draft, found.with_draft, recipe.draft.num_speculative_tokens
-                )
+                "speculation": own.serve["speculation"]
+                if own
+                else speculation(found.without_draft, found.with_draft, recipe.draft.num_speculative_tokens)
             }
         )
 
