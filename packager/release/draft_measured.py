@@ -14,6 +14,7 @@ from packager.release.variants import Variants
 from packager.release.workspace import Workspace
 
 if TYPE_CHECKING:
+    from packager.release.evidence import Questions
     from validation.tasks import Item
 
 LONG_PROMPTS = 12
@@ -22,8 +23,12 @@ REPEATS = 2
 """Timed passes: the draft length to serve with is chosen by them."""
 
 
-def measure_draft(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) -> DraftRecord | None:
+def measure_draft(
+    recipe: Recipe, workspace: Workspace, variants: Variants, asked: Questions, trained: int, say: Say
+) -> DraftRecord | None:
     """Measure the draft at the recipe's `validate.draft_tokens`; None if it names none.
+
+    `trained` is the length, in tokens, whose multiples the long records of `asked` have.
 
     What was measured is kept in `work/draft-evaluation.json` and taken from there while target, draft,
     prompts, settings and machine are the same.
@@ -31,19 +36,16 @@ def measure_draft(recipe: Recipe, workspace: Workspace, variants: Variants, say:
     Raises:
         BadInput, RemoteFailure: as `evaluate_draft`.
     """
-    from packager.bailing.config import BailingConfig
     from packager.draft.imported import look_at
     from packager.release.draft_evaluation import Plan, evaluate_draft
-    from packager.release.evidence import MULTIPLES, questions
     from packager.serving import ServeSpec
 
     spec = recipe.validate_
     if not spec.draft_tokens:
         return None
-    trained = BailingConfig.load(variants.source).max_position_embeddings
-    asked = questions(recipe, variants.source, trained)
+    multiples = sorted({int(one.meta["multiple"]) for one in asked.long})
     long: list[Mapping[str, Any]] = []
-    for multiple in MULTIPLES:
+    for multiple in multiples:
         long += [_prompt(one) for one in asked.long if one.meta["multiple"] == multiple][:LONG_PROMPTS]
     target = variants.servable(workspace.context)
     plan = Plan(
@@ -54,9 +56,7 @@ def measure_draft(recipe: Recipe, workspace: Workspace, variants: Variants, say:
         concurrency=tuple(sorted(set(spec.concurrency))),
         max_tokens=spec.max_output_tokens,
         repeats=REPEATS,
-        contexts=tuple(trained * m for m in MULTIPLES if trained * m <= recipe.context.length)
-        if long
-        else (),
+        contexts=tuple(trained * multiple for multiple in multiples),
         long_prompts=long,
     )
     bound = measured(target, workspace.draft, plan.prompts, plan.long_prompts)
@@ -66,11 +66,8 @@ def measure_draft(recipe: Recipe, workspace: Workspace, variants: Variants, say:
             record = read_record(kept)
         except BadInput:
             record = None  # of another version
-        if (
-            record
-            and record.measured == bound
-            and _settings(record) == (plan.tokens, plan.concurrency, plan.max_tokens)
-        ):
+        wanted = (plan.tokens, plan.concurrency, plan.max_tokens)
+        if record and record.measured == bound and _settings(record) == wanted:
             return record
     found = look_at(workspace.draft, target)
     result = evaluate_draft(plan, read_manifest(workspace.draft).metrics, lambda line: say(f"  {line}"))

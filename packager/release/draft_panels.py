@@ -143,7 +143,7 @@ def records_for(files: Sequence[Path], *, target: str) -> list[DraftRecord]:
     has the digest `target`.
 
     Raises:
-        BadInput: a file is no evaluation, or was measured neither on that checkpoint nor on a dequantized copy.
+        BadInput: a file is no evaluation, or was not measured on that checkpoint or a dequantized copy of it.
     """
     records = [read_record(path) for path in files]
     for path, record in zip(files, records, strict=True):

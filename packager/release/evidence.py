@@ -316,7 +316,9 @@ def collect_evidence(
     files = [Path(file).expanduser() for file in recipe.validate_.draft_evaluations]
     given = records_for(files, target=read_manifest(workspace.context).digest)
     found = measure(recipe, workspace, variants, say)
-    own = measure_draft(recipe, workspace, variants, say)
+    trained = BailingConfig.load(variants.source).max_position_embeddings
+    asked = questions(recipe, variants.source, trained)
+    own = measure_draft(recipe, workspace, variants, asked, trained, say)
     evaluated, panels = draft_panels(
         [*([own] if own else []), *given], draft=read_manifest(workspace.draft).digest
     )
