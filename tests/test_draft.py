@@ -222,6 +222,7 @@ def test_training_learns_a_deterministic_language(data: DraftData, target: Path)
     sealed = after.metrics["predicted_acceptance"]
     assert list(sealed["by_tokens"]) == ["1", "2", "3"]
     assert sealed["by_tokens"]["3"] == sealed["per_position"]
+    assert sealed["by_task"] == {"chain": sealed["by_tokens"]}
     lengths = [1 + sum(rates) for rates in sealed["by_tokens"].values()]
     assert lengths == sorted(lengths), "a longer draft yields no fewer tokens"
 

@@ -122,6 +122,15 @@ def _reproducible_torch() -> Iterator[None]:
         filling.fill_uninitialized_memory = filled
 
 
+def _rates(predictions: Mapping[int, Accepted]) -> dict[str, list[float]]:
+    """Rates by position, by draft tokens a step."""
+    return {
+        str(tokens): [round(rate, 4) for rate in one.per_position]
+        for tokens, one in predictions.items()
+        if one.drafts
+    }
+
+
 def _silent(_: str) -> None:
     """Progress of a process that does not speak."""
 
@@ -183,6 +192,14 @@ def train(
         training, held = samples(sides[False], data.states), samples(sides[True], data.states)
         progress(f"draft: training on {len(training)} responses, {len(held)} held out")
         predictions = trainer.run(training, held, progress, on_step)
+        tasks = {str(record["task"]): list[dict[str, Any]]() for record in sides[True]}
+        for record in sides[True]:
+            tasks[str(record["task"])].append(record)
+        by_task = {
+            task: trainer.predict(found)
+            for task, rows in sorted(tasks.items())
+            if (found := samples(rows, data.states))
+        }
     predicted = predictions[spec.num_speculative_tokens]
     if predicted.drafts:
         rates = " ".join(f"{rate:.3f}" for rate in predicted.per_position)
@@ -199,11 +216,8 @@ def train(
             "length": round(predicted.length, 4) if predicted.drafts else None,
             "per_position": [round(rate, 4) for rate in predicted.per_position],
             "drafts": predicted.drafts,
-            "by_tokens": {
-                str(tokens): [round(rate, 4) for rate in one.per_position]
-                for tokens, one in predictions.items()
-                if one.drafts
-            },
+            "by_tokens": _rates(predictions),
+            "by_task": {task: _rates(one) for task, one in by_task.items()},
             "kind": f"along the {'sampled' if spec.temperature else 'greedy'} responses to held-out prompts, "
             "not served",
         },

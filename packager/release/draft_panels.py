@@ -227,7 +227,7 @@ def _by_concurrency(record: DraftRecord) -> Table:
 
 def _findings(record: DraftRecord) -> Table:
     return Table(
-        caption="Predicted in training against served; where speculation stops to pay",
+        caption="Predicted in training for these tasks, against served; where speculation stops to pay",
         columns=(
             Column(name="K", digits=0),
             Column(name="predicted", unit="tokens", digits=2),
