@@ -310,6 +310,9 @@ def test_a_release_shows_what_was_measured_on_its_own_bytes_and_nothing_else(
     else:
         pytest.fail("no row for K = 7 at 16")
     assert draft_panels([], draft="sha256:own") == ((), ())
+    asked = records[0].measured.model_copy(update={"prompts": "sha256:the release's"})
+    _, three = draft_panels([records[0].model_copy(update={"measured": asked}), *records], draft="sha256:own")
+    assert [panel.key for panel in three] == ["draft-evaluation", "draft-evaluation-1", "drafts-compared"]
     with pytest.raises(BadInput, match="not on this release's"):
         records_for([own], target="sha256:elsewhere")
     with pytest.raises(BadInput, match="this release's draft"):

@@ -174,7 +174,9 @@ def draft_panels(
         )
     panels = [draft_panel(one, "draft-evaluation" + (f"-{at}" if at else "")) for at, one in enumerate(own)]
     if others := [one for one in records if one.measured.draft != draft]:
-        panels.append(comparison_panel([own[0], *others]))
+        # The release may have measured its draft on other prompts than the files were measured on.
+        alike = (one for one in own if one.measured.prompts == others[0].measured.prompts)
+        panels.append(comparison_panel([next(alike, own[0]), *others]))
     subjects = {
         one.subject: Subject(
             name=f"{one.target} with draft {name}", digest=one.subject, note="by draft evaluate"

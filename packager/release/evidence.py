@@ -315,13 +315,14 @@ def collect_evidence(
 
     files = [Path(file).expanduser() for file in recipe.validate_.draft_evaluations]
     given = records_for(files, target=read_manifest(workspace.context).digest)
+    draft = read_manifest(workspace.draft).digest
+    if not recipe.validate_.draft_tokens:
+        draft_panels(given, draft=draft)  # what does not fit is refused before hours of measuring
     found = measure(recipe, workspace, variants, say)
     trained = BailingConfig.load(variants.source).max_position_embeddings
     asked = questions(recipe, variants.source, trained)
     own = measure_draft(recipe, workspace, variants, asked, trained, say)
-    evaluated, panels = draft_panels(
-        [*([own] if own else []), *given], draft=read_manifest(workspace.draft).digest
-    )
+    evaluated, panels = draft_panels([*([own] if own else []), *given], draft=draft)
     alarms = acceptance_alarms(
         next((stage.metrics for stage in before if stage.name == "draft"), {}),
         found.with_draft,
