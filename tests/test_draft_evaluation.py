@@ -17,9 +17,11 @@ from packager.draft.acceptance import AcceptanceReport, Evaluation
 from packager.draft.speedup import Agreement, needed_acceptance
 from packager.draft.validator import validate_draft
 from packager.errors import BadInput
-from packager.recipe import SpeculationRange
+from packager.nano import language
+from packager.recipe import SpeculationRange, load_recipe
 from packager.release.draft_breakeven import Breakeven, Level, Point, write_untrained
 from packager.release.draft_evaluation import Cell, DraftEvaluation, Identity, Plan, ServerRun
+from packager.release.draft_measured import measure_draft
 from packager.release.draft_panels import comparison_panel, draft_panels, records_for
 from packager.release.draft_record import (
     SCHEMA_VERSION,
@@ -29,13 +31,16 @@ from packager.release.draft_record import (
     measured,
     read_record,
 )
-from packager.release.evidence import acceptance_alarms, speculation
+from packager.release.evidence import Questions, acceptance_alarms, speculation
+from packager.release.variants import Variants
+from packager.release.workspace import Workspace
 from packager.serving import ServeSpec
 from validation import throughput
 from validation.endpoint import TokenOutput
 from validation.environment import collect_environment
 from validation.identity import Difference, TokenSequence, first_difference
 from validation.report import ReportInputs, build_report
+from validation.tasks import items_from
 from validation.throughput import Spread, ThroughputRun
 
 
@@ -317,6 +322,34 @@ def test_a_release_shows_what_was_measured_on_its_own_bytes_and_nothing_else(
         records_for([own], target="sha256:elsewhere")
     with pytest.raises(BadInput, match="this release's draft"):
         draft_panels(records[1:], draft="sha256:own")
+
+
+def test_what_a_release_measured_of_its_draft_is_not_measured_again(
+    found: DraftEvaluation, tmp_path: Path
+) -> None:
+    """The same target, draft, prompts and settings; a measurement would need an engine."""
+    pytest.importorskip("torch")
+    from draft_data import SPEC, TARGET, write_target
+
+    workspace = Workspace(tmp_path)
+    workspace.work.mkdir()
+    write_target(workspace.context)
+    write_untrained(workspace.draft, TARGET, SPEC)
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "nano.yaml")
+    variants = Variants(recipe, workspace, tmp_path, "sha256:0", "", lambda _: None)
+    items = items_from(language.heldout_items(1))
+    rows = [item.model_dump(mode="json", exclude={"answer", "meta"}) for item in items]
+    document = _document(found, "t", "draft") | {
+        "measured": measured(workspace.context, workspace.draft, rows, []).model_dump(mode="json")
+    }
+    _written(workspace.work / "draft-evaluation.json", document)
+    settings = {"draft_tokens": (7, 3), "concurrency": (64, 16, 1), "identity_prompts": 99}
+    asked = recipe.model_copy(update={"validate_": recipe.validate_.model_copy(update=settings)})
+    said: list[str] = []
+    kept = measure_draft(asked, workspace, variants, Questions(items, []), 512, said.append)
+    assert kept == DraftRecord.model_validate(document)
+    assert said == []
+    assert measure_draft(recipe, workspace, variants, Questions(items, []), 512, said.append) is None
 
 
 # ---- before training --------------------------------------------------------------------------------------
