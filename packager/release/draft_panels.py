@@ -77,9 +77,10 @@ def comparison_panel(records: Sequence[DraftRecord]) -> Panel:
             if cell is None or cell.acceptance is None:
                 continue
             error = cell.acceptance.standard_error(record.repeats)
-            base = other.by_concurrency.get(low) if other is not None and record is not records[0] else None
             difference = spread = None
-            if base is not None and base.acceptance is not None:
+            if record is records[0]:
+                difference = spread = 0.0
+            elif other is not None and (base := other.by_concurrency.get(low)) and base.acceptance:
                 difference = cell.acceptance.length - base.acceptance.length
                 spread = (error**2 + base.acceptance.standard_error(records[0].repeats) ** 2) ** 0.5
                 said.append(
