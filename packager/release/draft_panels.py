@@ -129,6 +129,7 @@ def comparison_panel(records: Sequence[DraftRecord]) -> Panel:
         tables=tuple(tables),
         notes=(
             _ERRORS,
+            "Speeds are over the server without a draft of each evaluation's own run.",
             *(
                 ["Not all were measured on the same machine: speeds do not compare."]
                 if len(machines) > 1
