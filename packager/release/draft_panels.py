@@ -40,7 +40,7 @@ def draft_panel(record: DraftRecord, key: str = "draft-evaluation") -> Panel:
     notes = [
         f"{record.prompts} prompts, answers up to {record.max_response_tokens} tokens, the fastest of "
         f"{record.repeats} passes on either side; speeds include reading the prompts.",
-        "Length: tokens that a verification yields. Same answer: greedy, token for token, as without the draft; "
+        "Length: tokens a verification yields. Same answer: greedy, token for token, as without the draft; "
         "unexplained are the answers that part before any near tie of the target.",
         _ERRORS,
         *(f"The draft's files have a problem: {one}." for one in record.problems),
