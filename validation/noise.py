@@ -53,7 +53,7 @@ def measure_noise(
     *,
     margin_points: float,
     first_concurrency: int = 8,
-    again_concurrency: int = 5,
+    again_concurrency: int | None = None,
     progress: Progress | None = None,
 ) -> NoiseFloor:
     """Ask every item again: last first, and with another number in flight, so that batches are others.
@@ -64,7 +64,7 @@ def measure_noise(
         first: the run to compare with.
         margin_points: margin of the verdict on the two, for comparison with a candidate's.
         first_concurrency: requests in flight in `first`.
-        again_concurrency: requests in flight now.
+        again_concurrency: requests in flight now; None: about half as many, at least another number.
         progress: see `Endpoint.complete`.
 
     Raises:
@@ -74,6 +74,8 @@ def measure_noise(
         raise MeasurementError(
             f"{first.label} was asked other items, or is another model: this is not its noise"
         )
+    if again_concurrency is None:
+        again_concurrency = first_concurrency // 2 + 1 if first_concurrency > 2 else first_concurrency + 1
     again = measure_accuracy(
         replace(target, subject=first.subject + AGAIN, label=f"{first.label} again"),
         items[::-1],

@@ -48,7 +48,7 @@ def mcnemar_exact(only_reference: int, only_candidate: int) -> float:
 
 
 def loss_p(only_reference: int, only_candidate: int) -> float:
-    """Exact one-sided p-value of "the candidate is no worse": a fair coin's chance of at least so many losses.
+    """Exact one-sided p-value of "the candidate is no worse": a fair coin's chance of so many losses or more.
 
     Rejecting it at a level errs no more often than that level says, at any number of items.
     """
