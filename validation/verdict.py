@@ -16,14 +16,22 @@ in the report beside the verdict.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from validation.gates import Gate, at_least
 from validation.panel import Column, Panel, Table
-from validation.statistics import chance_to_pass, loss_p, normal_quantile, paired_score
+from validation.statistics import (
+    beyond_margin_p,
+    chance_to_pass,
+    holm,
+    loss_p,
+    normal_quantile,
+    paired_score,
+)
 from validation.tasks.comparison import AccuracyComparison, Paired
 
 Rule = Literal["non-inferior", "not inferior", "no loss shown"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def passes(rule: Rule, lost: int, gained: int, n: int, margin: float, confidence: float = 0.95) -> bool:
@@ -47,52 +55,49 @@ def rule_passes_with(
     )
 
 
-def verdict_gate(rule: Rule | None, paired: Paired, name: str) -> Gate:
-    """The gate of a rule on a paired comparison; without a rule the figure is reported only.
-
-    An inconclusive comparison says with how many items it would be decided.
-    """
-    said: str = paired.verdict
-    if paired.verdict == "inconclusive":
-        said += (
-            "; no number of items would decide at this difference"
-            if paired.n_to_decide is None
-            else f"; about {paired.n_to_decide:,} items would decide"
-        )
-    interval = f"interval {paired.low_points:+.1f} to {paired.high_points:+.1f} points; {said}"
-    if rule == "no loss shown":
-        p = loss_p(paired.only_reference, paired.only_candidate)
-        return at_least(f"{name}: no loss shown, p", p, (1 - paired.confidence) / 2, "", interval)
-    if rule == "not inferior":
-        figure, end = paired.high_points, "best that the interval allows"
-    else:
-        figure, end = paired.low_points, "worst that the interval allows"
-    bound = None if rule is None else -paired.margin_points
-    return at_least(f"{name}: {rule or 'verdict'}, {end}", figure, bound, "points", interval)
-
-
 def verdict_gates(
     rule: Rule | None, comparisons: Sequence[AccuracyComparison], tasks: Sequence[str] = ()
 ) -> tuple[Gate, ...]:
     """A gate for each comparison over all items, and for each of the named tasks of the last one.
 
+    Rules that fail on what is shown gate on p-values adjusted by Holm over these gates, so that all together
+    fail an unchanged model with at most 2.5 %. Ruling a loss out needs no adjustment: all must hold.
+
     Args:
-        rule: named beforehand; None: reported only.
+        rule: named beforehand; None: the intervals are reported, not gated.
         comparisons: candidates against the reference; the last is what is served in the end.
         tasks: those with a margin of their own.
     """
-    gates = [
-        verdict_gate(rule, each.overall, f"accuracy of {each.candidate} against {each.reference}")
-        for each in comparisons
-    ]
-    if comparisons:
-        last = comparisons[-1]
-        gates += [
-            verdict_gate(rule, row, f"accuracy of {last.candidate} on {row.scope}")
-            for row in last.by_task
-            if row.scope in tasks
-        ]
+    rows = [(f"accuracy of {c.candidate} against {c.reference}", c.overall) for c in comparisons]
+    for row in comparisons[-1].by_task if comparisons else ():
+        if row.scope in tasks:
+            rows.append((f"accuracy of {comparisons[-1].candidate} on {row.scope}", row))
+    if rule == "no loss shown":
+        p_values = holm([loss_p(row.only_reference, row.only_candidate) for _, row in rows])
+    else:
+        p_values = holm(
+            [beyond_margin_p(row.only_reference, row.only_candidate, row.n, row.margin) for _, row in rows]
+        )
+    gates = []
+    for (name, row), p in zip(rows, p_values, strict=True):
+        if rule is None or rule == "non-inferior":
+            bound = None if rule is None else -row.margin_points
+            gates.append(
+                at_least(f"{name}: {rule or 'low end'}", row.low_points, bound, "points", _said(row))
+            )
+        else:
+            gates.append(at_least(f"{name}: {rule}, p", p, (1 - row.confidence) / 2, "", _said(row)))
     return tuple(gates)
+
+
+def _said(row: Paired) -> str:
+    """Interval and verdict; an inconclusive one says with how many items it would be decided."""
+    said = f"interval {row.low_points:+.1f} to {row.high_points:+.1f} points; {row.verdict}"
+    if row.verdict != "inconclusive":
+        return said
+    if row.n_to_decide is None:
+        return f"{said}; no number of items would decide at this difference"
+    return f"{said}; about {row.n_to_decide:,} items would decide"
 
 
 def verdict_panel(comparisons: Sequence[AccuracyComparison], rule: Rule | None = None) -> Panel:
@@ -177,10 +182,9 @@ def _chances(row: Paired) -> Table:
     """How often each rule passes, at this run's items and discordance (at least one pair in n)."""
     discordance = max(1, row.only_reference + row.only_candidate) / row.n
     losses = tuple(dict.fromkeys((0.0, 0.01, row.margin)))
-    rules: tuple[Rule, ...] = ("non-inferior", "not inferior", "no loss shown")
     return Table(
-        caption=f"Chance that a rule passes {row.n:,} items at {100 * discordance:.1f} % discordance, margin "
-        f"{row.margin_points:g} points",
+        caption=f"Chance that a rule alone passes {row.n:,} items at {100 * discordance:.1f} % discordance, "
+        f"margin {row.margin_points:g} points",
         columns=(
             Column(name="Rule", kind="text"),
             *(
@@ -200,6 +204,6 @@ def _chances(row: Paired) -> Table:
                     for loss in losses
                 ),
             )
-            for rule in rules
+            for rule in RULES
         ),
     )
