@@ -44,29 +44,30 @@ def _items(per_task: int = 40) -> list[Item]:
     return items_from(rows)
 
 
-def _measure(
-    cache: Path, items: list[Item], label: str, wrong: Callable[[str], bool]
-) -> tuple[AccuracyRun, Target]:
+def _measure(cache: Path, items: list[Item], label: str, wrong: Callable[[str], bool]) -> AccuracyRun:
     with LoopbackChat(lambda m: "Answer: no" if wrong(m) else "Answer: yes") as server:
-        target = Target(server.url, "model", f"sha256:{label}", label, cache)
-        return measure_accuracy(target, items), target
+        return measure_accuracy(Target(server.url, "model", f"sha256:{label}", label, cache), items)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[AccuracyRun, ...]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("answers")
+
+
+@pytest.fixture(scope="module")
+def runs(cache: Path) -> tuple[AccuracyRun, ...]:
     """BF16 and three variants: FP8 loses two safety items, YaRN six doses, the draft nothing."""
-    cache, items = tmp_path_factory.mktemp("answers"), _items()
+    items = _items()
     fp8 = {"triage-1", "allergy-3", "allergy-4"}
     yarn = fp8 | {f"dose-{k}" for k in range(6)}
     wrong = {"BF16": {"triage-1", "triage-2"}, "FP8": fp8, "FP8+YaRN": yarn, "FP8+YaRN+EAGLE3": yarn}
-    return tuple(_measure(cache, items, label, ids.__contains__)[0] for label, ids in wrong.items())
+    return tuple(_measure(cache, items, label, ids.__contains__) for label, ids in wrong.items())
 
 
 @pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> NoiseFloor:
+def noise(cache: Path, runs: tuple[AccuracyRun, ...]) -> NoiseFloor:
     """BF16 asked twice: the second time allergy-3 and choice-0 come out otherwise."""
-    cache, items = tmp_path_factory.mktemp("noise"), _items()
-    first, _ = _measure(cache, items, "BF16", {"triage-1", "triage-2"}.__contains__)
+    first, items = runs[0], _items()
     asked: list[str] = []
 
     def answer(message: str) -> str:
@@ -113,7 +114,7 @@ def test_gates_follow_the_rule_and_say_what_would_decide(runs: tuple[AccuracyRun
     assert (row.only_reference, row.only_candidate, row.verdict) == (8, 1, "inconclusive")
     outcomes = {}
     for rule in RULES:
-        gates = verdict_gates(rule, [compared], ["dose"])
+        gates = verdict_gates(rule, compared, ["dose"])
         outcomes[rule] = [gate.outcome for gate in gates]
         assert all("items would decide" in gate.note for gate in gates if "inconclusive" in gate.note)
     # 8 lost and 1 gained of 240: one-sided p = 0.020 for a loss, 2 points neither shown nor ruled out. Of 40
@@ -124,8 +125,8 @@ def test_gates_follow_the_rule_and_say_what_would_decide(runs: tuple[AccuracyRun
         "no loss shown": ["pass", "pass"],
     }
     # The loss is shown if that is all that is asked; two questions need stronger evidence.
-    assert [gate.outcome for gate in verdict_gates("no loss shown", [compared])] == ["fail"]
-    assert [gate.outcome for gate in verdict_gates(None, [compared])] == ["not gated"]
+    assert [gate.outcome for gate in verdict_gates("no loss shown", compared)] == ["fail"]
+    assert [gate.outcome for gate in verdict_gates(None, compared)] == ["not gated"]
     with pytest.raises(MeasurementError, match="named for surgery"):
         compare_accuracy(first, last, margin_points=2, task_margins={"surgery": 1})
 
@@ -207,13 +208,16 @@ def test_a_release_draws_its_conclusions_from_the_runs_it_has(
         max_accuracy_loss_points=3,
         task_margins={"dose": 5},
         accuracy_verdict="non-inferior",
+        served_verdict="not inferior",
         safety_tasks=("contraindication",),
         max_safety_flips=0,
     )
     assert margin_points(spec) == 3
     found = conclude(spec, "FP8", runs, noise)
     gates = found.gates(spec)
-    assert [gate.outcome for gate in gates] == ["pass", "fail", "fail", "fail"]
+    # FP8 rules out 3 points over all, but not 5 on 40 doses; all that is served shows no 3 points lost, and
+    # the one safety item that noise does not explain is one too many.
+    assert [gate.outcome for gate in gates] == ["pass", "fail", "pass", "fail"]
     assert [panel.key for panel in found.panels(spec)] == ["verdicts", "matrix", "noise-floor", "safety"]
     summary = json.loads(json.dumps(found.summary()))
     assert summary["noise_floor"] == {"flips": 2, "items": 240}
@@ -226,7 +230,7 @@ def test_a_release_draws_its_conclusions_from_the_runs_it_has(
 
 
 def test_the_panel_of_verdicts_says_what_the_rules_do_by_chance(runs: tuple[AccuracyRun, ...]) -> None:
-    panel = verdict_panel([compare_accuracy(runs[0], runs[2], margin_points=2)], "no loss shown")
+    panel = verdict_panel([compare_accuracy(runs[0], runs[2], margin_points=2)], ["no loss shown"])
     verdicts, chances = panel.tables
     assert [row[0] for row in verdicts.rows] == ["All", *TASKS]
     rows = {str(row[0]): row[1:] for row in chances.rows}

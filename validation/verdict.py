@@ -15,7 +15,7 @@ in the report beside the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 from validation.gates import Gate, at_least
@@ -56,22 +56,22 @@ def rule_passes_with(
 
 
 def verdict_gates(
-    rule: Rule | None, comparisons: Sequence[AccuracyComparison], tasks: Sequence[str] = ()
+    rule: Rule | None, comparison: AccuracyComparison, tasks: Collection[str] = ()
 ) -> tuple[Gate, ...]:
-    """A gate for each comparison over all items, and for each of the named tasks of the last one.
+    """A gate over all items, and one for each of the named tasks.
 
     Rules that fail on what is shown gate on p-values adjusted by Holm over these gates, so that all together
     fail an unchanged model with at most 2.5 %. Ruling a loss out needs no adjustment: all must hold.
 
     Args:
         rule: named beforehand; None: the intervals are reported, not gated.
-        comparisons: candidates against the reference; the last is what is served in the end.
+        comparison: of the candidate with the reference.
         tasks: those with a margin of their own.
     """
-    rows = [(f"accuracy of {c.candidate} against {c.reference}", c.overall) for c in comparisons]
-    for row in comparisons[-1].by_task if comparisons else ():
+    rows = [(f"accuracy of {comparison.candidate} against {comparison.reference}", comparison.overall)]
+    for row in comparison.by_task:
         if row.scope in tasks:
-            rows.append((f"accuracy of {comparisons[-1].candidate} on {row.scope}", row))
+            rows.append((f"accuracy of {comparison.candidate} on {row.scope}", row))
     if rule == "no loss shown":
         p_values = holm([loss_p(row.only_reference, row.only_candidate) for _, row in rows])
     else:
@@ -100,8 +100,12 @@ def _said(row: Paired) -> str:
     return f"{said}; about {row.n_to_decide:,} items would decide"
 
 
-def verdict_panel(comparisons: Sequence[AccuracyComparison], rule: Rule | None = None) -> Panel:
+def verdict_panel(comparisons: Sequence[AccuracyComparison], rules: Sequence[Rule | None] = ()) -> Panel:
     """Verdicts by task, what each could have shown, and how often the rules pass by chance.
+
+    Args:
+        comparisons: candidates against one reference.
+        rules: of each; None: reported only. Left out: none was named.
 
     Raises:
         ValueError: nothing was compared.
@@ -147,12 +151,13 @@ def verdict_panel(comparisons: Sequence[AccuracyComparison], rule: Rule | None =
         )
         for each in comparisons
     ]
-    last = comparisons[-1]
+    named = [(c, rule) for c, rule in zip(comparisons, rules, strict=False) if rule is not None]
+    ruled = "; ".join(f"{each.candidate}: {rule}" for each, rule in named)
     return Panel(
         key="verdicts",
         title="Verdicts",
         summary="; ".join(_sentence(each) for each in comparisons) + ".",
-        tables=(*tables, _chances(last.overall)),
+        tables=(*tables, _chances(named[0][0] if named else comparisons[0])),
         notes=(
             "p: exact McNemar test, two-sided. p, Holm: adjusted over the tasks of the table. Low and high: "
             "Tango's 95 % interval of the difference.",
@@ -160,7 +165,9 @@ def verdict_panel(comparisons: Sequence[AccuracyComparison], rule: Rule | None =
             "discordance observed. Items to decide: with which an inconclusive verdict would fall, if "
             "difference and discordance stayed as they are.",
             "A task is called inferior only where that survives Holm's adjustment over the tasks.",
-            f"The rule of this gate: {rule}." if rule else "No rule was named for these verdicts: reported.",
+            f"Rules named beforehand: {ruled}. Other verdicts are reported, not gated."
+            if ruled
+            else "No rule was named beforehand: these verdicts are reported, not gated.",
         ),
         subjects=tuple(
             dict.fromkeys(s for each in comparisons for s in (each.reference_subject, each.candidate_subject))
@@ -178,13 +185,14 @@ def _sentence(comparison: AccuracyComparison) -> str:
     )
 
 
-def _chances(row: Paired) -> Table:
+def _chances(comparison: AccuracyComparison) -> Table:
     """How often each rule passes, at this run's items and discordance (at least one pair in n)."""
+    row = comparison.overall
     discordance = max(1, row.only_reference + row.only_candidate) / row.n
     losses = tuple(dict.fromkeys((0.0, 0.01, row.margin)))
     return Table(
-        caption=f"Chance that a rule alone passes {row.n:,} items at {100 * discordance:.1f} % discordance, "
-        f"margin {row.margin_points:g} points",
+        caption=f"Chance that a rule alone passes, with {row.n:,} items at the {100 * discordance:.1f} % "
+        f"discordance of {comparison.candidate} and a margin of {row.margin_points:g} points",
         columns=(
             Column(name="Rule", kind="text"),
             *(

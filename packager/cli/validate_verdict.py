@@ -137,7 +137,7 @@ def conclude(asked: Asked, before: AccuracyRun, run: AccuracyRun, noise: NoiseFl
     margin = asked.margin_points
     comparison = compare_accuracy(before, run, margin_points=margin, task_margins=asked.task_margins)
     safety = check_safety(before, run, margin_points=margin, tasks=asked.safety_tasks, noise=noise)
-    gates = verdict_gates(asked.rule, [comparison], tuple(asked.task_margins))
+    gates = verdict_gates(asked.rule, comparison, asked.task_margins)
     return Found(comparison, safety, (*gates, safety_gate(safety, asked.max_safety_flips, run.label)))
 
 
