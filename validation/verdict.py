@@ -156,7 +156,7 @@ def verdict_panel(comparisons: Sequence[AccuracyComparison], rules: Sequence[Rul
     return Panel(
         key="verdicts",
         title="Verdicts",
-        summary="; ".join(_sentence(each) for each in comparisons) + ".",
+        summary=" ".join(f"{_sentence(each)}." for each in comparisons),
         tables=(*tables, _chances(named[0][0] if named else comparisons[0])),
         notes=(
             "p: exact McNemar test, two-sided. p, Holm: adjusted over the tasks of the table. Low and high: "
@@ -176,13 +176,20 @@ def verdict_panel(comparisons: Sequence[AccuracyComparison], rules: Sequence[Rul
 
 
 def _sentence(comparison: AccuracyComparison) -> str:
+    """The verdict in words that need no statistics."""
     row = comparison.overall
-    needed = f" (about {row.n_to_decide:,} items would decide)" if row.n_to_decide else ""
+    loss = f"a loss of more than {row.margin_points:g} points"
+    if row.verdict == "non-inferior":
+        found = f"is non-inferior to {comparison.reference}: {loss} is ruled out"
+    elif row.verdict == "inferior":
+        found = f"is inferior to {comparison.reference}: {loss} is shown"
+    else:
+        found = f"against {comparison.reference} is inconclusive: {loss} is neither ruled out nor shown"
+    interval = f"({row.difference_points:+.1f} points, {row.low_points:+.1f} to {row.high_points:+.1f})"
+    needed = f", about {row.n_to_decide:,} items would decide" if row.n_to_decide else ""
     worse = [t.scope for t in comparison.by_task if t.verdict == "inferior"]
-    tasks = f", inferior on {', '.join(worse)}" if worse else ""
-    return (
-        f"{comparison.candidate} is {row.verdict} at a margin of {row.margin_points:g} points{needed}{tasks}"
-    )
+    tasks = f"; inferior on {', '.join(worse)}" if worse else ""
+    return f"{comparison.candidate} {found} by {row.n:,} items {interval}{needed}{tasks}"
 
 
 def _chances(comparison: AccuracyComparison) -> Table:
