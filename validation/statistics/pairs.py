@@ -152,12 +152,14 @@ def n_to_decide(
         return None
     lost, gained = only_reference / n, only_candidate / n
     if only_reference + only_candidate == 0:
-        lost = gained = 1.5 / n
+        lost = gained = min(0.5, 1.5 / n)
     if math.isclose(gained - lost, -margin, abs_tol=1e-12):
         return None
 
     def decided(size: int) -> bool:
-        interval = paired_difference(round(lost * size), round(gained * size), size, confidence)
+        losses = round(lost * size)
+        gains = min(round(gained * size), size - losses)  # both may be rounded up
+        interval = paired_difference(losses, gains, size, confidence)
         return non_inferiority(interval, margin) != "inconclusive"
 
     low, high = n, n
