@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packager.cli import options
+from packager.cli.validate_healthbench import healthbench
 from packager.cli.validate_structure import structure
 from packager.errors import BadInput, GateFailed
 
@@ -32,6 +33,7 @@ def command() -> None:
     """
 
 
+command.add_command(healthbench)
 command.add_command(structure)
 
 

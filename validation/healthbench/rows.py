@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from validation.document import Document
+from validation.document import Document, digest_of
 from validation.endpoint import Message, Request
 from validation.errors import MeasurementError
 
@@ -107,6 +108,17 @@ class Rubrics:
     digest: str
     """SHA-256 of the file's bytes, `sha256:<hex>`."""
     examples: tuple[Example, ...]
+
+    def sample(self, count: int | None, seed: int = 0) -> Rubrics:
+        """`count` examples drawn without replacement, or all; the name says so, and the digest is another."""
+        if count is None or count >= len(self.examples):
+            return self
+        chosen = random.Random(seed).sample(self.examples, count)
+        return Rubrics(
+            f"{self.name}, {count} of {len(self.examples)}",
+            digest_of([self.digest, count, seed]),
+            tuple(chosen),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A model on a rubric benchmark: its answers, a judgement for each criterion, scores, and whether they count."""
+"""A model on a rubric benchmark: its answers, a judgement for each criterion, scores, whether they count."""
 
 from __future__ import annotations
 
