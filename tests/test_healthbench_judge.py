@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import socket
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -153,8 +149,11 @@ def test_a_right_model_scores_all_and_a_careless_one_is_found(
     # 2 of 12: no point of 5 + 3 x 2, minus 8: -8/11 each.
     assert bad.overall.score == pytest.approx((10 - 2 * 8 / 11) / 12)
     found = compare_rubrics(good, bad, margin_points=5)
-    assert found.difference_points == pytest.approx(100 * (bad.overall.unclipped or 0) - 100)
-    assert (found.verdict, found.new_harm, found.harm_p_value) == ("inconclusive", 2, 0.5)
+    paired = found.scores.overall
+    assert paired.difference_points == pytest.approx(100 * (bad.overall.unclipped or 0) - 100)
+    assert (paired.items, paired.moved, found.new_harm, found.harm_p_value) == (12, 2, 2, 0.5)
+    by_theme = {row.scope: row.difference_points for row in found.scores.by_task}
+    assert by_theme["theme:dose"] == pytest.approx(-100 - 800 / 11) and by_theme["theme:triage"] == 0
     assert (
         "above" in found.harm_flips[0].criterion and found.harm_flips[0].candidate_text == "Answer: 9999 mg"
     )
@@ -163,7 +162,9 @@ def test_a_right_model_scores_all_and_a_careless_one_is_found(
     panel = rubric_panel([good, bad], [found])
     assert "2 harm criteria newly met" in panel.summary
     assert panel.subjects == ("a", "b") and len(panel.unfoldings) == 2
-    assert [t.caption[:5] for t in panel.tables] == ["Score", "Harm:", "Paire", "Score", "Score", "The j"]
+    captions = " | ".join(table.caption for table in panel.tables)
+    for shown in ("Score, of 100", "negative points", "model b against", "by theme", "by axis", "physicians"):
+        assert shown in captions
     with pytest.raises(MeasurementError, match="judges"):
         other = good.judge.model_copy(update={"name": "other"})
         compare_rubrics(good, bad.model_copy(update={"judge": other}), margin_points=5)
@@ -206,7 +207,8 @@ def test_late_answers_and_silence_end_in_not_graded_in_bounded_time(
         assert served.asked < 40  # of 60 criteria, twice each: the judge was given up on
     assert silent.not_graded == silent.criteria and not silent.counts
     faults = {g.judgement.fault for r in silent.results for g in r.graded}
-    assert {fault[:19] for fault in faults} == {"no answer in 2 atte", "the judge was given"}
+    assert {"gave no answer to" in f or "the judge was given up on" in f for f in faults} == {True}
+    assert len({"given up" in fault for fault in faults}) == 2
 
     with RubricJudge(late=0.1, late_s=2) as served:
         hasty = judge_of(served, tmp_path / "late", timeout_s=1, attempts=1)
@@ -224,41 +226,19 @@ def test_late_answers_and_silence_end_in_not_graded_in_bounded_time(
 QUESTION = [Question([Message(role="assistant", content="x")], "[1] y")]
 
 
-@pytest.mark.slow
-def test_a_judge_that_dribbles_is_cut_off(tmp_path: Path) -> None:
-    sent = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def dribble() -> None:
-            connection, _ = server.accept()
-            with connection, contextlib.suppress(OSError):
-                connection.recv(1 << 16)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n")
-                for _ in range(200):  # a byte always comes before a time-out between bytes would
-                    connection.sendall(b" ")
-                    sent.append(1)
-                    time.sleep(0.05)
-
-        thread = threading.Thread(target=dribble, daemon=True)
-        thread.start()
-        judge = Judge(
-            f"http://127.0.0.1:{server.getsockname()[1]}", "m", "s", tmp_path, timeout_s=0.3, attempts=1
-        )
-        [found] = judge.grade(QUESTION)
-        thread.join(10)
-    assert found.met is None and "did not end in time" in found.fault
-    assert len(sent) < 100
-
-
 def test_a_judge_that_refuses_is_said_and_one_that_stumbles_is_asked_again(tmp_path: Path) -> None:
     with LoopbackChat(lambda _: "never seen", lambda *_: 401) as server:
-        with pytest.raises(MeasurementError, match="refuses 'model' with HTTP 401"):
+        with pytest.raises(MeasurementError, match="HTTP 401"):
             judge_of(server, tmp_path).grade(QUESTION)
         [key] = [json.dumps(b) for b in server.bodies]
         assert '"temperature": 0.5' in key and '"max_tokens": 2048' in key
-    with LoopbackChat(lambda _: "x", max_characters=10) as server:
-        [found] = judge_of(server, tmp_path).grade(QUESTION)
-        assert found.met is None and "longer than" in found.fault and len(server.bodies) == 1
+    # One question is too long for the judge, one is not: the first is not graded, and not asked for again.
+    short = Question([Message(role="assistant", content="y")], "[1] y")
+    long = Question([Message(role="assistant", content="y" * 500)], "[1] y")
+    with LoopbackChat(lambda _: '{"criteria_met": false}', max_characters=3400) as server:
+        one, other = judge_of(server, tmp_path).grade([short, long])
+        assert one.met is False and other.met is None and "longer than" in other.fault
+        assert len(server.bodies) == 2
     with LoopbackChat(
         lambda _: '{"criteria_met": true}', lambda _, before: 503 if before < 2 else None
     ) as server:
@@ -329,14 +309,14 @@ def test_the_command_measures_compares_and_gates(tmp_path: Path, capsys: pytest.
         assert run(line(model.url, "a", "--judge-key-env", "NO_SUCH_KEY", "--judge-url", "http://x")) == 3
         assert run(line(model.url, "a", "--rows", tmp_path)) == 3
     capsys.readouterr()
-    with LoopbackChat(careless) as model, RubricJudge(error_rate=0.1) as judge:
+    with LoopbackChat(lambda _: "Answer: 9999 mg") as model, RubricJudge(error_rate=0.1) as judge:
         second = ("--second-judge-url", judge.url, "--second-judge-model", MODEL)
         more = ("--reference", one, "--out", other, "--max-new-harm", 0, "--json", *second)
         assert run(line(model.url, "b", *meta, *more)) == 4
     said = capsys.readouterr()
     assert "newly met" in said.err and "inferior" in said.err
     document = json.loads(said.out)
-    assert document["comparison"]["new_harm"] == 4
+    assert document["comparison"]["new_harm"] == 12
     assert 0.7 < document["swap"]["overall"]["agreement"] < 0.99
     assert [g["outcome"] for g in document["gates"]] == ["not gated", "not gated", "fail"]
     assert RubricRun.model_validate_json(other.read_bytes()).label == "candidate"

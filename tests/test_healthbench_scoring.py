@@ -15,7 +15,6 @@ from validation.errors import MeasurementError
 from validation.healthbench import FILES, MetaRow, RubricItem, load_meta, load_rubrics
 from validation.healthbench.qualification import agreement, judge_agreement, physician_agreement
 from validation.healthbench.scoring import (
-    clustered_bootstrap,
     example_score,
     harm_of,
     score_bounds,
@@ -140,18 +139,6 @@ def test_harm_is_counted_apart() -> None:
     harm = harm_of([criteria("5+ -3+ -4-"), criteria("5+ -6?"), criteria("2-"), criteria("-1+ -2+")])
     assert (harm.criteria, harm.met, harm.not_graded, harm.examples_with_harm) == (5, 3, 1, 2)
     assert (harm.points_lost, harm.points_possible) == (6, 10)
-
-
-def test_the_paired_bootstrap_draws_whole_conversations() -> None:
-    # Ten equal answers in each of four conversations: the interval must be that of four, not of forty.
-    differences = [d for d in (0.0, 0.1, 0.2, 0.3) for _ in range(10)]
-    names = [f"c{k}" for k in range(4) for _ in range(10)]
-    clustered = clustered_bootstrap(differences, names)
-    single = clustered_bootstrap(differences, [str(k) for k in range(40)])
-    means = sorted(sum(d) / 4 for d in itertools.product((0.0, 0.1, 0.2, 0.3), repeat=4))
-    assert clustered.low == pytest.approx(means[int(0.025 * 256)], abs=0.026)
-    assert clustered.high == pytest.approx(means[int(0.975 * 256)], abs=0.026)
-    assert single.high - single.low < 0.45 * (clustered.high - clustered.low)
 
 
 def test_agreement_is_that_of_the_published_meta_evaluation() -> None:

@@ -159,10 +159,11 @@ def healthbench(
         print_panel(panel)
     missed = [f"{g.name}: {g.measured:.4g}, bound {g.bound:g}" for g in failed(gates)]
     missed += [f"{g.name}: not measured ({g.note})" for g in gates if g.outcome == "not measured"]
-    if comparison is not None and comparison.counts and comparison.verdict == "inferior":
+    if comparison is not None and comparison.counts and comparison.scores.overall.verdict == "inferior":
+        paired = comparison.scores.overall
         missed.append(
-            f"{run.label} is inferior to {comparison.reference}: {comparison.difference_points:+.1f} points, "
-            f"interval {comparison.low_points:+.1f} to {comparison.high_points:+.1f}"
+            f"{run.label} is inferior to {comparison.reference}: {paired.difference_points:+.1f} points, "
+            f"interval {paired.low_points:+.1f} to {paired.high_points:+.1f}"
         )
     if missed:
         raise GateFailed("; ".join(missed), "Read the criteria in the JSON document.")

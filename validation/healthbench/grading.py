@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,17 +21,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from validation.answers import AnswerFile
+from validation.connections import Connections
 from validation.document import Document, Url, resolve_url
-from validation.endpoint import AnswerFile, Completion, Message, Progress, Request, Sampling
-from validation.errors import MeasurementError
+from validation.endpoint import Endpoint, Job, Message, Progress, Request, Sampling
+from validation.errors import MeasurementError, ServerUnreachable
 
 SYSTEM = "You are a helpful assistant."
 """Upstream's grader has this system turn."""
 SAMPLING = Sampling(temperature=0.5, seed=0, max_tokens=2048, top_logprobs=None)
 """Upstream's grader is sampled so; the seed is ours, to make a run repeatable where the server heeds it."""
-SILENT = "the judge was given up on: {} requests in a row had no answer"
 
 
 class JudgeRecord(Document):
@@ -48,6 +46,15 @@ class JudgeRecord(Document):
     rounds: int
     attempts: int
     timeout_s: float
+
+
+class Reply(Document):
+    """What a judge said, as it is kept."""
+
+    text: str
+    finish_reason: str
+    seconds: float
+    """Wall time of the successful attempt."""
 
 
 class Judgement(Document):
@@ -94,11 +101,11 @@ class Judge:
     timeout_s: float = 120.0
     """Seconds from a request to the end of its answer."""
     attempts: int = 3
-    """Tries of one request that gets no answer at all (connection, time-out, 429, 5xx)."""
+    """Tries of one request that gets no answer at all (see `Endpoint`)."""
     rounds: int = 3
     """How often a criterion is asked about while the replies are no judgements; each with another seed."""
     give_up_after: int = 16
-    """Unanswered requests in a row after which nothing more is asked."""
+    """Requests in a row without an answer, or rejected, after which nothing more is asked."""
     backoff_s: float = 0.5
     """Wait before the second attempt; doubles each time, 30 s at most."""
     api_key: str | None = field(default=None, repr=False)
@@ -130,20 +137,33 @@ class Judge:
         not kept: a later run asks again.
 
         Raises:
-            MeasurementError: the judge refuses a request as malformed, or its folder is unreadable or in use.
+            MeasurementError: the judge rejects all that it is asked, or its folder is unreadable or in use.
+            AnswersNotKept: the disk is full.
         """
         requests = {request.key: request for request in (question.request for question in questions)}
         with ExitStack() as stack:
-            files = [stack.enter_context(self._answers(k)) for k in range(self.rounds)]
-            missing = [key for key in requests if not _read(key, files).settled]
+            files = [stack.enter_context(self._replies(k)) for k in range(self.rounds)]
+            missing = [request for key, request in requests.items() if not _read(key, files).settled]
             unanswered: dict[str, str] = {}
             if missing:
-                asking = _Asking(self, files, progress, len(requests))
-                unanswered = asking.ask([requests[key] for key in missing])
+                unanswered = _Asking(self, files, progress, len(requests)).ask(missing)
             return [_read(q.request.key, files).judgement(unanswered) for q in questions]
 
-    def _answers(self, number: int) -> AnswerFile:
-        return AnswerFile(self.cache, subject=self.subject, model=self.model, sampling=self._sampling(number))
+    def job(self, request: Request, number: int) -> Job[Reply]:
+        """What is sent in a round."""
+        return Job(
+            key=request.key,
+            id=request.id,
+            path="/v1/chat/completions",
+            body=self._sampling(number).payload()
+            | {"model": self.model, "messages": [turn.model_dump() for turn in request.messages]},
+            parse=_reply,
+        )
+
+    def _replies(self, number: int) -> AnswerFile[Reply]:
+        sampling = self._sampling(number).model_dump(mode="json")
+        settings = {"judge": self.subject, "model": self.model, "sampling": sampling}
+        return AnswerFile(self.cache, settings=settings, kind=Reply, name="judgements")
 
     def _sampling(self, number: int) -> Sampling:
         return self.sampling.model_copy(update={"seed": (self.sampling.seed or 0) + number})
@@ -213,16 +233,16 @@ class _Replies:
         return Judgement(met=self.met, explanation=self.explanation, rounds=self.asked, fault=fault)
 
 
-def _read(key: str, files: Sequence[AnswerFile]) -> _Replies:
+def _read(key: str, files: Sequence[AnswerFile[Reply]]) -> _Replies:
     """The first readable reply about a question; rounds are asked in order, so there is no gap."""
     asked, fault = 0, ""
     for file in files:
-        completion = file.found.get(key)
-        if completion is None:
+        reply = file.found.get(key)
+        if reply is None:
             break
         asked += 1
         try:
-            met, explanation = read_reply(completion.text)
+            met, explanation = read_reply(reply.text)
         except ValueError as err:
             fault = f"unreadable reply, {asked} of {len(files)}: {err}"
         else:
@@ -234,134 +254,72 @@ class _Asking:
     """One run over the questions that have no judgement yet."""
 
     def __init__(
-        self, judge: Judge, files: Sequence[AnswerFile], progress: Progress | None, total: int
+        self, judge: Judge, files: Sequence[AnswerFile[Reply]], progress: Progress | None, total: int
     ) -> None:
         self.judge, self.files, self.progress, self.total = judge, files, progress, total
+        self.endpoint = Endpoint(
+            judge.url,
+            judge.model,
+            timeout_s=judge.timeout_s,
+            attempts=judge.attempts,
+            backoff_s=judge.backoff_s,
+        )
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._silent = 0
-        self._done = 0
-        self._refusal: MeasurementError | None = None
+        self._done = self._answered = self._unanswered_in_a_row = 0
+        self._rejection: MeasurementError | None = None
 
     def ask(self, requests: Sequence[Request]) -> dict[str, str]:
         """Ask about each; returns why those were not answered that were not, by key."""
         judge = self.judge
         self._done = self.total - len(requests)
-        headers = {"Authorization": f"Bearer {judge.api_key}"} if judge.api_key else {}
-        limits = httpx.Limits(max_connections=judge.concurrency, max_keepalive_connections=judge.concurrency)
+        headers = {"Authorization": f"Bearer {judge.api_key}"} if judge.api_key else None
         with (
-            httpx.Client(
-                base_url=resolve_url(judge.url),
-                headers=headers,
-                timeout=judge.timeout_s,
-                limits=limits,
-                trust_env=False,
-            ) as client,
+            Connections(resolve_url(judge.url), timeout_s=judge.timeout_s, headers=headers) as connections,
             ThreadPoolExecutor(judge.concurrency) as pool,
         ):
             try:
-                faults = list(pool.map(lambda request: self._one(client, request), requests))
+                faults = list(pool.map(lambda request: self._one(connections, request), requests))
             except BaseException:
                 self._stop.set()
+                connections.break_off()
                 raise
-        if self._refusal is not None:
-            raise self._refusal
+        if self._rejection is not None and not self._answered:
+            raise self._rejection
         return {request.key: fault for request, fault in zip(requests, faults, strict=True) if fault}
 
-    def _one(self, client: httpx.Client, request: Request) -> str:
+    def _one(self, connections: Connections, request: Request) -> str:
         """Ask until there is a judgement or no round is left; returns why it has no answer, or nothing."""
         while not (found := _read(request.key, self.files)).settled:
             try:
-                completion = self._answer(client, request, found.asked)
-            except _Unanswered as err:
-                self._heard(not err.silent)
-                return err.reason
-            self._heard(True)
-            self.files[found.asked].add(request.key, completion)
+                reply = self.endpoint.attempt(connections, self.judge.job(request, found.asked), self._stop)
+            except MeasurementError as err:
+                self._heard(err)
+                return err.message
+            if reply is None:
+                return f"the judge was given up on: no answer {self.judge.give_up_after} times in a row"
+            self._heard(None)
+            self.files[found.asked].add(request.key, reply)
         with self._lock:
             self._done += 1
             if self.progress is not None:
                 self.progress(self._done, self.total)
         return ""
 
-    def _heard(self, answered: bool) -> None:
+    def _heard(self, failure: MeasurementError | None) -> None:
         with self._lock:
-            self._silent = 0 if answered else self._silent + 1
-            if self._silent >= self.judge.give_up_after:
+            if failure is None:
+                self._answered += 1
+                self._unanswered_in_a_row = 0
+                return
+            if not isinstance(failure, ServerUnreachable):
+                self._rejection = failure
+            self._unanswered_in_a_row += 1
+            if self._unanswered_in_a_row >= self.judge.give_up_after:
                 self._stop.set()
 
-    def _answer(self, client: httpx.Client, request: Request, number: int) -> Completion:
-        """One request with retries.
 
-        Raises:
-            _Unanswered: there is no answer.
-        """
-        judge = self.judge
-        body = judge._sampling(number).payload() | {
-            "model": judge.model,
-            "messages": [turn.model_dump() for turn in request.messages],
-        }
-        reason = ""
-        for attempt in range(judge.attempts):
-            pause = min(30.0, judge.backoff_s * 2 ** (attempt - 1)) if attempt else 0.0
-            if self._stop.wait(pause):
-                raise _Unanswered(SILENT.format(judge.give_up_after), silent=True)
-            began = time.perf_counter()
-            try:
-                status, content = _post(client, body, began + judge.timeout_s)
-            except httpx.TransportError as err:
-                reason = f"{type(err).__name__}: {err}".rstrip(": ")
-                continue
-            if status == 429 or status >= 500:
-                reason = f"HTTP {status}"
-                continue
-            if status != 200:
-                said = f"HTTP {status}: {' '.join(content.decode(errors='replace').split())[:300]}"
-                if status in (401, 403, 404):
-                    self._refusal = MeasurementError(
-                        f"the judge at {client.base_url} refuses {judge.model!r} with {said}",
-                        "Check the judge's URL, model name and key.",
-                    )
-                    self._stop.set()
-                raise _Unanswered(said, silent=False)
-            try:
-                return _completion(content, time.perf_counter() - began)
-            except (ValueError, KeyError, IndexError, TypeError) as err:
-                reason = f"an answer that is not a chat completion ({type(err).__name__})"
-        raise _Unanswered(f"no answer in {judge.attempts} attempts; last: {reason}", silent=True)
-
-
-class _Unanswered(Exception):
-    """A request has no answer; `silent`: the judge said nothing at all."""
-
-    def __init__(self, reason: str, *, silent: bool) -> None:
-        super().__init__(reason)
-        self.reason, self.silent = reason, silent
-
-
-def _post(client: httpx.Client, body: dict[str, Any], deadline: float) -> tuple[int, bytes]:
-    """Status and content; a judge that dribbles is cut off at the deadline, not after its last byte."""
-    with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        content = bytearray()
-        for piece in response.iter_bytes():
-            content += piece
-            if time.perf_counter() > deadline:
-                raise httpx.ReadTimeout("the answer did not end in time")
-        return response.status_code, bytes(content)
-
-
-def _completion(content: bytes, seconds: float) -> Completion:
-    reply = json.loads(content)
-    choice, usage = reply["choices"][0], reply.get("usage") or {}
+def _reply(body: dict[str, Any], seconds: float) -> Reply:
+    choice = body["choices"][0]
     text = choice["message"].get("content") or ""
-    if not isinstance(text, str):
-        raise TypeError("content is not text")
-    return Completion(
-        id="criterion",
-        text=text,
-        finish_reason=choice.get("finish_reason") or "unknown",
-        prompt_tokens=usage.get("prompt_tokens", 0),
-        completion_tokens=usage.get("completion_tokens", 0),
-        tokens=None,
-        seconds=seconds,
-    )
+    return Reply(text=text, finish_reason=choice.get("finish_reason") or "unknown", seconds=seconds)

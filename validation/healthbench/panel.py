@@ -9,6 +9,7 @@ from validation.healthbench.run import RubricComparison, RubricRun
 from validation.healthbench.scoring import Score
 from validation.healthbench.swap import JudgeSwap
 from validation.panel import Column, Panel, Table, Unfolding
+from validation.tasks.scores import score_table
 
 LONGEST_LIST = 40
 """Lines that unfold at most; the run's own JSON has all of them."""
@@ -29,7 +30,7 @@ def rubric_panel(
     first = runs[0]
     tables = [_scores(runs), _harm(runs)]
     if comparisons:
-        tables.append(_comparisons(comparisons))
+        tables += [*(score_table(c.scores) for c in comparisons), _new_harm(comparisons)]
     for caption, groups in (
         ("Score by theme and other tags of conversations", [run.by_example_tag for run in runs]),
         ("Score by axis and other tags of criteria", [run.by_item_tag for run in runs]),
@@ -66,10 +67,11 @@ def _summary(runs: Sequence[RubricRun], comparisons: Sequence[RubricComparison])
         parts.append(f"{run.label} {said}")
     text = "; ".join(parts) + "."
     for c in comparisons:
+        paired = c.scores.overall
         text += (
-            f" {c.candidate} against {c.reference}: {c.difference_points:+.1f} points, {c.confidence:.0%} "
-            f"interval {c.low_points:+.1f} to {c.high_points:+.1f}, {c.verdict} at a margin of "
-            f"{c.margin_points:g}; {c.new_harm} harm criteria newly met."
+            f" {c.candidate} against {c.reference}: {paired.difference_points:+.1f} points, "
+            f"{paired.confidence:.0%} interval {paired.low_points:+.1f} to {paired.high_points:+.1f}, "
+            f"{paired.verdict} at a margin of {paired.margin_points:g}; {c.new_harm} harm criteria newly met."
         )
     reasons = dict.fromkeys(reason for run in runs for reason in run.reasons)
     if reasons:
@@ -151,35 +153,18 @@ def _harm(runs: Sequence[RubricRun]) -> Table:
     )
 
 
-def _comparisons(comparisons: Sequence[RubricComparison]) -> Table:
+def _new_harm(comparisons: Sequence[RubricComparison]) -> Table:
     columns = (
         Column(name="comparison", kind="text"),
-        _number("conversations", 0),
-        _number("difference", unit="points"),
-        _number("low", unit="points"),
-        _number("high", unit="points"),
-        _number("margin", unit="points"),
-        Column(name="verdict", kind="text"),
         _number("new harm", 0),
         _number("harm gone", 0),
-        _number("p of harm", 3),
+        _number("p, exact", 3),
     )
     return Table(
-        caption="Paired on the same conversations; interval by bootstrap over conversations",
+        caption="Harm criteria that only one of two models meets",
         columns=columns,
         rows=tuple(
-            (
-                f"{c.candidate} against {c.reference}",
-                c.n,
-                c.difference_points,
-                c.low_points,
-                c.high_points,
-                c.margin_points,
-                c.verdict if c.counts else f"{c.verdict} (does not count)",
-                c.new_harm,
-                c.harm_gone,
-                c.harm_p_value,
-            )
+            (f"{c.candidate} against {c.reference}", c.new_harm, c.harm_gone, c.harm_p_value)
             for c in comparisons
         ),
     )

@@ -17,14 +17,15 @@ from validation.healthbench.scoring import (
     Harm,
     Score,
     Why,
-    clustered_bootstrap,
     example_score,
     harm_of,
     score_bounds,
     score_of,
     tag_scores,
 )
-from validation.statistics import Verdict, mcnemar_exact, non_inferiority
+from validation.statistics import mcnemar_exact
+from validation.tasks.scores import Score as ItemScore
+from validation.tasks.scores import ScoreComparison, compare_scores
 
 ANSWERS = Sampling(max_tokens=2048, top_logprobs=None)
 """Greedy, so that two models differ by their weights alone."""
@@ -123,15 +124,8 @@ class RubricComparison(Document):
     candidate: str
     reference_subject: str
     candidate_subject: str
-    n: int
-    """Conversations with a score in both runs."""
-    difference_points: float
-    """Mean difference of the unclipped scores, candidate minus reference, in points of 100."""
-    low_points: float
-    high_points: float
-    confidence: float
-    margin_points: float
-    verdict: Verdict
+    scores: ScoreComparison
+    """Paired over the conversations that have a score in both runs, and by theme; unclipped scores."""
     new_harm: int
     harm_gone: int
     harm_p_value: float
@@ -280,11 +274,12 @@ def compare_rubrics(
 ) -> RubricComparison:
     """Two models on the same conversations against a loss margin in points of 100.
 
-    The interval is a paired bootstrap over conversations of the unclipped scores: clipping the mean would
-    hide a loss below zero, and is the same for every mean within [0, 1].
+    Scores are not clipped: clipping the mean would hide a loss below zero, and is the same for every mean
+    within [0, 1].
 
     Raises:
-        MeasurementError: other data, another judge, other sampling, or no conversation scored in both.
+        MeasurementError: other data, another judge, other sampling, or fewer than two conversations scored
+            in both.
     """
     for what, one, other in (
         ("data", reference.data_digest, candidate.data_digest),
@@ -296,13 +291,15 @@ def compare_rubrics(
                 f"{reference.label} and {candidate.label} differ in {what}; their scores do not pair"
             )
     both = list(zip(reference.results, candidate.results, strict=True))
-    scored = [
-        (a.prompt_id, b.score - a.score) for a, b in both if a.score is not None and b.score is not None
-    ]
-    if not scored:
-        raise MeasurementError(f"no conversation has a score of both {reference.label} and {candidate.label}")
-    names, differences = zip(*scored, strict=True)
-    interval = clustered_bootstrap(differences, names, confidence=confidence, seed=seed)
+    scored = [(a, a.score, b.score) for a, b in both if a.score is not None and b.score is not None]
+    themes = _themes([a for a, _, _ in scored])
+    before, after = (
+        [
+            ItemScore(id=a.prompt_id, task=theme, conversation=a.prompt_id, score=pair[which])
+            for (a, *pair), theme in zip(scored, themes, strict=True)
+        ]
+        for which in (0, 1)
+    )
     flips = tuple(_harm_flips(both))
     new = sum(f.direction == "new harm" for f in flips)
     return RubricComparison(
@@ -311,13 +308,14 @@ def compare_rubrics(
         candidate=candidate.label,
         reference_subject=reference.subject,
         candidate_subject=candidate.subject,
-        n=len(scored),
-        difference_points=100 * sum(differences) / len(differences),
-        low_points=100 * interval.low,
-        high_points=100 * interval.high,
-        confidence=confidence,
-        margin_points=margin_points,
-        verdict=non_inferiority(interval, margin_points / 100),
+        scores=compare_scores(
+            before,
+            after,
+            labels=(reference.label, candidate.label),
+            margin_points=margin_points,
+            confidence=confidence,
+            seed=seed,
+        ),
         new_harm=new,
         harm_gone=len(flips) - new,
         harm_p_value=mcnemar_exact(len(flips) - new, new),
@@ -325,6 +323,12 @@ def compare_rubrics(
         counts=reference.counts and candidate.counts,
         reasons=tuple(f"{run.label}: {why}" for run in (reference, candidate) for why in run.reasons),
     )
+
+
+def _themes(results: Sequence[ExampleResult]) -> list[str]:
+    """The theme of each example; all the same if a theme has one example alone, of which nothing follows."""
+    themes = [next((t for t in r.example_tags if t.startswith("theme:")), "no theme") for r in results]
+    return themes if min(Counter(themes).values(), default=0) > 1 else ["all themes"] * len(themes)
 
 
 def _harm_flips(both: Iterable[tuple[ExampleResult, ExampleResult]]) -> Iterable[HarmFlip]:
@@ -363,14 +367,15 @@ def rubric_gates(
     ]
     if comparison is not None:
         counts, why = comparison.counts, "; ".join(comparison.reasons)
-        interval = f"interval {comparison.low_points:+.1f} to {comparison.high_points:+.1f}"
+        overall = comparison.scores.overall
+        interval = f"interval {overall.low_points:+.1f} to {overall.high_points:+.1f}"
         gates += [
             at_most(
                 f"{run.benchmark}: loss of {comparison.candidate} against {comparison.reference}",
-                0.0 - comparison.difference_points if counts else None,
+                0.0 - overall.difference_points if counts else None,
                 max_loss_points,
                 "points",
-                why or f"{interval}; {comparison.verdict}",
+                why or f"{interval}; {overall.verdict}",
             ),
             at_most(
                 f"{run.benchmark}: harm criteria newly met by {comparison.candidate}",

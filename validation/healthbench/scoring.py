@@ -17,7 +17,6 @@ from typing import Literal
 
 from validation.document import Document
 from validation.healthbench.rows import RubricItem
-from validation.statistics import Interval
 
 RESAMPLES = 1000
 """Of upstream's bootstrap."""
@@ -124,32 +123,3 @@ def harm_of(graded: Iterable[tuple[Sequence[RubricItem], Sequence[bool | None]]]
         points_lost=lost,
         examples_with_harm=examples,
     )
-
-
-def clustered_bootstrap(
-    differences: Sequence[float],
-    clusters: Sequence[str],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 4000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile interval of the mean paired difference, whole clusters (conversations) drawn at a time.
-
-    Raises:
-        ValueError: there is no difference, or a cluster is not named for each.
-    """
-    import numpy as np
-
-    if not differences or len(differences) != len(clusters):
-        raise ValueError("a difference and a cluster for each pair, and at least one pair")
-    names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = np.bincount(index, weights=np.asarray(differences, np.float64), minlength=len(names))
-    sizes = np.bincount(index, minlength=len(names))
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for k in range(resamples):
-        draw = rng.integers(0, len(names), len(names))
-        means[k] = sums[draw].sum() / sizes[draw].sum()
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(low), float(high))

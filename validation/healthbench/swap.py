@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from validation.document import Document
 from validation.errors import MeasurementError
 from validation.healthbench.run import RubricRun
-from validation.healthbench.scoring import clustered_bootstrap
+from validation.statistics import paired_means
 
 
 class Kappa(Document):
@@ -42,7 +42,8 @@ class JudgeSwap(Document):
     n: int
     """Examples with a score from both."""
     difference_points: float | None
-    """Mean score by the second judge minus that by the first, unclipped, in points of 100."""
+    """Mean score by the second judge minus that by the first, unclipped, in points of 100; None: fewer than
+    two examples."""
     low_points: float | None
     high_points: float | None
 
@@ -83,15 +84,8 @@ def compare_judges(first: RubricRun, second: RubricRun, *, seed: int = 0) -> Jud
         for item, a, b in zip(one.items, one.met, other.met, strict=True)
         if a is not None and b is not None
     ]
-    scored = [
-        (a.prompt_id, b.score - a.score) for a, b in results if a.score is not None and b.score is not None
-    ]
-    difference = low = high = None
-    if scored:
-        names, differences = zip(*scored, strict=True)
-        interval = clustered_bootstrap(differences, names, seed=seed)
-        difference = 100 * sum(differences) / len(differences)
-        low, high = 100 * interval.low, 100 * interval.high
+    scored = [(a.score, b.score) for a, b in results if a.score is not None and b.score is not None]
+    change = paired_means(*zip(*scored, strict=True), seed=seed) if len(scored) > 1 else None
     return JudgeSwap(
         benchmark=first.benchmark,
         label=first.label,
@@ -102,7 +96,7 @@ def compare_judges(first: RubricRun, second: RubricRun, *, seed: int = 0) -> Jud
         positive=kappa_of("positive points", [(a, b) for points, a, b in pairs if points > 0]),
         negative=kappa_of("negative points", [(a, b) for points, a, b in pairs if points < 0]),
         n=len(scored),
-        difference_points=difference,
-        low_points=low,
-        high_points=high,
+        difference_points=None if change is None else 100 * change.difference,
+        low_points=None if change is None else 100 * change.interval.low,
+        high_points=None if change is None else 100 * change.interval.high,
     )
