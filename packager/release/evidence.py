@@ -2,8 +2,8 @@
 
 Five servers, one after another, because two on one machine spoil each other's speed:
 
-    BF16 source                     accuracy, twice: what flips without any change is the noise floor
-    quantized                       accuracy; long records with the position limit lifted but no YaRN
+    BF16 source                     accuracy, twice: what flips without any change is the noise floor; rubrics
+    quantized                       accuracy, rubrics; long records with the position limit lifted but no YaRN
     quantized + YaRN                accuracy, greedy texts, long records, speed without the draft
     quantized + YaRN + draft        accuracy, greedy texts, acceptance, speed with the draft
     dense baseline                  speed at the same answer lengths
@@ -26,6 +26,7 @@ from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
+from packager.release.rubrics import RubricEvidence, conclude_rubrics, rubric_measurement
 from packager.release.variants import Served, Variants
 from packager.release.verdicts import Verdicts, check_tasks, conclude, margin_points
 from packager.release.workspace import Workspace
@@ -69,6 +70,7 @@ class Measured:
     without_draft: ThroughputRun
     with_draft: ThroughputRun
     dense: ThroughputRun | None
+    rubrics: RubricEvidence
 
 
 def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
@@ -197,7 +199,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             served.target(cache, label), asked.long, trained_length=trained, sampling=long_sampling
         )
 
-    with BenchClient() as bench:
+    with BenchClient() as bench, rubric_measurement(recipe, cache, sampling, say) as rubrics:
 
         def throughput(served: Served, match: ThroughputRun | None = None) -> ThroughputRun:
             run = measure_throughput(
@@ -216,6 +218,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
 
         with variants.bf16() as served:
             bf16 = accuracy(served)
+            if rubrics is not None:
+                rubrics.measure(served)
             noise = None
             if spec.noise_floor:
                 margin = margin_points(recipe.gates)
@@ -223,6 +227,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
                 say(f"  {served.label} again: {noise.flips} of {bf16.overall.n} flip without any change")
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
+            if rubrics is not None:
+                rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
@@ -250,6 +256,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         without_draft=without_draft,
         with_draft=with_draft,
         dense=dense,
+        rubrics=conclude_rubrics(recipe.gates, rubrics),
     )
 
 
@@ -277,6 +284,7 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
             f"interval of the difference {fp8.low_points:+.1f} to {fp8.high_points:+.1f}; {fp8.verdict}",
         ),
         *found.verdicts.gates(spec),
+        *found.rubrics.gates(spec),
         at_least(
             "greedy outputs identical with and without the draft",
             identity.identical_fraction if identity else None,
@@ -343,7 +351,7 @@ def collect_evidence(
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
-            panels=found.verdicts.panels(recipe.gates),
+            panels=(*found.verdicts.panels(recipe.gates), *found.rubrics.panels()),
             stages=tuple(
                 StageFigures(
                     stage=stage.name,
