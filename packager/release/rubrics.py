@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from packager.artifact import file_sha256
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, HealthBenchSpec, Recipe
 from packager.release.variants import Served
@@ -122,9 +123,9 @@ def rubric_measurement(
     spec = recipe.validate_.healthbench
     if spec is not None:
         yield RubricMeasurement(
-            rubrics=load_rubrics(
-                Path(spec.rows).expanduser(), subset=spec.subset, digest=spec.rows_digest
-            ).sample(spec.examples, recipe.validate_.seed),
+            rubrics=load_rubrics(Path(spec.rows), subset=spec.subset, digest=spec.rows_digest).sample(
+                spec.examples, recipe.validate_.seed
+            ),
             judge=Judge(
                 spec.judge_url,
                 spec.judge_model,
@@ -132,7 +133,7 @@ def rubric_measurement(
                 cache,
                 api_key=_key(spec),
             ),
-            meta=load_meta(Path(spec.meta).expanduser()) if spec.meta is not None else None,
+            meta=load_meta(Path(spec.meta)) if spec.meta is not None else None,
             min_balanced_f1=spec.min_balanced_f1,
             sampling=Sampling(
                 max_tokens=spec.max_output_tokens, seed=recipe.validate_.seed, top_logprobs=None
@@ -182,14 +183,36 @@ def rubric_inputs(recipe: Recipe) -> dict[str, str]:
     Raises:
         MeasurementError: a file is missing; says the command that gets it.
     """
-    from validation.healthbench import load_meta, load_rubrics
+    from validation.healthbench import rubric_file
 
     spec = recipe.validate_.healthbench
     if spec is None:
         return {}
-    found = {"rubrics": load_rubrics(Path(spec.rows).expanduser(), subset=spec.subset).digest}
+    files = {"rubrics": rubric_file(Path(spec.rows), spec.subset)}
     if spec.meta is not None:
-        found["rubric meta-evaluation"] = load_meta(Path(spec.meta).expanduser()).digest
+        files["rubric meta-evaluation"] = rubric_file(Path(spec.meta), "meta")
+    return {name: f"sha256:{file_sha256(file)}" for name, file in files.items()}
+
+
+def rubric_trouble(recipe: Recipe) -> list[str]:
+    """Why rubrics would not be measured here, or not count, one sentence each."""
+    from validation.errors import MeasurementError
+    from validation.healthbench import rubric_file
+
+    spec = recipe.validate_.healthbench
+    if spec is None:
+        return []
+    found = []
+    try:
+        rubric_file(Path(spec.rows), spec.subset)
+        if spec.meta is not None:
+            rubric_file(Path(spec.meta), "meta")
+    except MeasurementError as err:
+        found.append(f"validate.healthbench: {err.message}. {err.remedy}")
+    if spec.meta is None:
+        found.append("validate.healthbench.meta: without a meta-evaluation the judge's score does not count")
+    if spec.judge_key_env is not None and not os.environ.get(spec.judge_key_env):
+        found.append(f"validate.healthbench: {spec.judge_key_env} holds no key for the judge")
     return found
 
 

@@ -13,6 +13,7 @@ from validation.healthbench.rows import (
     Subset,
     load_meta,
     load_rubrics,
+    rubric_file,
 )
 from validation.healthbench.run import (
     RubricComparison,
@@ -46,6 +47,7 @@ __all__ = [
     "load_rubrics",
     "measure_rubrics",
     "qualify",
+    "rubric_file",
     "rubric_gates",
     "rubric_panel",
 ]

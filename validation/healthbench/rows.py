@@ -141,7 +141,7 @@ def load_rubrics(path: Path, *, subset: Subset = "main", digest: str | None = No
     Raises:
         MeasurementError: missing (says the command that gets it), malformed, or another file than named.
     """
-    file = _located(path, subset)
+    file = rubric_file(path, subset)
     name = f"HealthBench {subset}" if file.name == FILES[subset] else file.stem
     found, rows = _read(file, digest)
     return rubrics_from(rows, name=name, digest=found, source=str(file))
@@ -181,7 +181,7 @@ def load_meta(path: Path, *, digest: str | None = None) -> MetaRows:
     Raises:
         MeasurementError: see `load_rubrics`.
     """
-    file = _located(path, "meta")
+    file = rubric_file(path, "meta")
     found, rows = _read(file, digest)
     made: list[MetaRow] = []
     shape = '{"prompt", "completion", "rubric", "category", "binary_labels", "anonymized_physician_ids"}'
@@ -202,7 +202,12 @@ def load_meta(path: Path, *, digest: str | None = None) -> MetaRows:
     return MetaRows(file.stem, found, tuple(made))
 
 
-def _located(path: Path, which: str) -> Path:
+def rubric_file(path: Path, which: Subset | Literal["meta"]) -> Path:
+    """The file itself, or HealthBench's file `which` if `path` is a folder.
+
+    Raises:
+        MeasurementError: it is not there; says the command that gets it.
+    """
     path = path.expanduser()
     file = path / FILES[which] if path.is_dir() else path
     if not file.is_file():
