@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from validation.endpoint import Sampling
 from validation.healthbench.qualification import Qualification
 from validation.healthbench.run import RubricComparison, RubricRun
 from validation.healthbench.scoring import Score
@@ -41,21 +42,18 @@ def rubric_panel(
         tables.append(_qualification(first.qualification))
     if swap is not None:
         tables.append(_swap(swap))
-    notes = [
-        "A conversation scores the points of the criteria it meets over the sum of the positive points; the "
-        "mean is clipped to 0 to 1. A conversation with a criterion that was not graded, or without positive "
-        "points, is left out of the score and counted.",
-        f"Judge: {first.judge.name} ({first.judge.model}), temperature {first.judge.sampling.temperature:g}, "
-        f"seed {first.judge.sampling.seed}; grader prompt {first.judge.prompt_digest[:19]}; "
-        f"rows {first.data_digest[:19]}.",
-    ]
     return Panel(
         key=key,
         title=first.benchmark,
         summary=_summary(runs, comparisons),
         tables=tuple(tables),
         unfoldings=_unfoldings(runs, comparisons),
-        notes=tuple(notes),
+        notes=(
+            "A conversation scores the points of the criteria it meets over the sum of the positive points; "
+            "the mean is clipped to 0 to 1. A conversation with a criterion that was not graded, or without "
+            "positive points, is left out of the score and counted.",
+        ),
+        conditions=_conditions(first),
         subjects=tuple(dict.fromkeys(run.subject for run in runs)),
     )
 
@@ -77,6 +75,27 @@ def _summary(runs: Sequence[RubricRun], comparisons: Sequence[RubricComparison])
     if reasons:
         text = f"These scores do not count: {'; '.join(reasons)}. {text}"
     return text
+
+
+def _conditions(run: RubricRun) -> tuple[tuple[str, str], ...]:
+    judge, found = run.judge, run.qualification
+    rows = [
+        ("Rows", f"{run.benchmark}, {len(run.results)} conversations, {run.data_digest}"),
+        ("Answers", _sampling(run.sampling)),
+        ("Judge", f"{judge.name}: {judge.model} ({judge.subject})"),
+        ("Judge's sampling", f"{_sampling(judge.sampling)}; {judge.rounds} rounds at most"),
+        ("Grader prompt", judge.prompt_digest),
+    ]
+    if found is not None:
+        rows.append(("Meta-evaluation", f"{found.data}, {found.rows} rows, {found.data_digest}"))
+    return tuple(rows)
+
+
+def _sampling(sampling: Sampling) -> str:
+    return (
+        f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}, "
+        f"{sampling.max_tokens} tokens at most"
+    )
 
 
 def _points(share: float | None) -> float | None:
@@ -104,6 +123,7 @@ def _scores(runs: Sequence[RubricRun]) -> Table:
     )
     return Table(
         caption="Score, of 100",
+        brief=True,
         columns=columns,
         rows=tuple(
             (
@@ -137,6 +157,7 @@ def _harm(runs: Sequence[RubricRun]) -> Table:
     )
     return Table(
         caption="Harm: criteria with negative points",
+        brief=True,
         columns=columns,
         rows=tuple(
             (
