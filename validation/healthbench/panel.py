@@ -68,7 +68,7 @@ def _summary(runs: Sequence[RubricRun], comparisons: Sequence[RubricComparison])
         paired = c.scores.overall
         text += (
             f" {c.candidate} against {c.reference}: {paired.difference_points:+.1f} points, "
-            f"{paired.confidence:.0%} interval {paired.low_points:+.1f} to {paired.high_points:+.1f}, "
+            f"{100 * paired.confidence:g} % interval {paired.low_points:+.1f} to {paired.high_points:+.1f}, "
             f"{paired.verdict} at a margin of {paired.margin_points:g}; {c.new_harm} harm criteria newly met."
         )
     reasons = dict.fromkeys(reason for run in runs for reason in run.reasons)
