@@ -170,6 +170,7 @@ def test_a_right_model_scores_all_and_a_careless_one_is_found(
         compare_rubrics(good, bad.model_copy(update={"judge": other}), margin_points=5)
 
 
+@pytest.mark.slow
 def test_a_judge_that_babbles_is_asked_again_and_neither_hangs_nor_skews(
     data: tuple[Rubrics, MetaRows], tmp_path: Path
 ) -> None:

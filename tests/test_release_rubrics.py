@@ -74,6 +74,7 @@ def test_the_nano_brings_rubrics_and_judge_and_a_loss_fails(tmp_path: Path) -> N
     assert rubric_inputs(recipe) == {}
 
 
+@pytest.mark.slow
 def test_a_recipe_names_rows_judge_and_meta_and_without_meta_nothing_counts(tmp_path: Path) -> None:
     paths = write_rubrics(tmp_path, per_task=4, meta_per_task=4)
     with RubricJudge() as judge:
