@@ -10,7 +10,7 @@ from validation.endpoint import Progress, Sampling, Target
 from validation.errors import MeasurementError
 from validation.statistics import wilson
 from validation.tasks.items import Item, items_digest
-from validation.tasks.scoring import extract_answer, is_correct, normalise
+from validation.tasks.scoring import normalise, refuse_rubrics, score
 
 
 class ItemResult(Document):
@@ -81,11 +81,12 @@ def measure_accuracy(
     """
     if not items:
         raise MeasurementError("no items to measure accuracy on")
+    refuse_rubrics(item.kind for item in items)
     sampling = sampling or Sampling()
     completions = target.ask([i.request for i in items], sampling, concurrency=concurrency, progress=progress)
     results = []
     for item, completion in zip(items, completions, strict=True):
-        extracted = extract_answer(completion.text)
+        extracted, correct = score(item.kind, item.answer, completion.text, item.scoring)
         results.append(
             ItemResult(
                 id=item.id,
@@ -94,7 +95,7 @@ def measure_accuracy(
                 question=item.messages[-1].content,
                 expected=normalise(item.answer),
                 extracted=extracted,
-                correct=is_correct(extracted, item.answer),
+                correct=correct,
                 text=completion.text,
                 finish_reason=completion.finish_reason,
                 prompt_tokens=completion.prompt_tokens,
