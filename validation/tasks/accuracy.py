@@ -102,11 +102,24 @@ def measure_accuracy(
                 completion_tokens=completion.completion_tokens,
             )
         )
+    seconds = sum(c.seconds for c in completions)
+    return accuracy_of(target, results, items_digest(items), sampling, seconds)
+
+
+def accuracy_of(
+    target: Target, results: Sequence[ItemResult], digest: str, sampling: Sampling, seconds: float
+) -> AccuracyRun:
+    """The run that scored items make.
+
+    Args:
+        digest: of the items in their order; two runs pair only if these agree.
+        seconds: sum of the requests' own times.
+    """
     return AccuracyRun(
         label=target.label,
         subject=target.subject,
         model=target.model,
-        items_digest=items_digest(items),
+        items_digest=digest,
         sampling=sampling,
         results=tuple(results),
         overall=share_of("all", results),
@@ -114,7 +127,7 @@ def measure_accuracy(
         by_language=_shares(results, lambda r: r.language),
         truncated=sum(r.finish_reason == "length" for r in results),
         unmarked=sum(r.extracted is None for r in results),
-        seconds=sum(c.seconds for c in completions),
+        seconds=seconds,
     )
 
 

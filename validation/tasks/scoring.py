@@ -102,7 +102,7 @@ def refuse_rubrics(kinds: Iterable[Kind]) -> None:
     if "rubric" in kinds:
         raise MeasurementError(
             "items of kind rubric are scored by a judge, not by their text",
-            "Give them to `packager validate healthbench`, the others to this command.",
+            "Give them as {id, prompt, rubrics} to `packager validate healthbench --rows`.",
         )
 
 
