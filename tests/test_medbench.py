@@ -122,20 +122,23 @@ def test_the_upload_is_the_same_lines_with_answers_and_the_same_bytes(folder: Pa
 
 def test_two_models_pair_on_the_labelled_items(folder: Path, tmp_path: Path) -> None:
     questions = [f"{SINGLE}第{k}题" for k in range(40)]
+    (folder / "DDx-advanced.jsonl").write_text("".join(line(f"{SEVERAL}第{k}题", "A, C") for k in range(5)))
     (folder / "MedSafety.jsonl").write_text("".join(line(q, "<A>") for q in questions))
     files = read_folder(folder)
     with LoopbackChat(answer) as one, LoopbackChat(lambda q: "B" if "单选" in q else "疝") as two:
         before = measure_medbench(target(tmp_path, one.url), files)
         after = measure_medbench(target(tmp_path, two.url, "FP8"), files)
     found = compare_medbench(before, after, margin_points=2)
-    assert found.choices is not None and found.choices.overall.only_reference == 41
+    assert found.choices is not None and found.choices.overall.only_reference == 45
     assert found.inferior and found.open_difference_points == pytest.approx(-40)
-    assert len(medbench_panel(after, found).unfoldings) == len(after.faults) + 41
+    assert len(medbench_panel(after, found).unfoldings) == len(after.faults) + 45
     same = compare_medbench(before, before, margin_points=2)
     assert not same.inferior and same.open_difference_points == 0
     (folder / "MedSafety.jsonl").write_text(line(SINGLE, "<A>"))
-    with LoopbackChat(answer) as one, pytest.raises(MeasurementError, match="different files"):
-        compare_medbench(before, measure_medbench(target(tmp_path, one.url), read_folder(folder)), margin_points=2)
+    with LoopbackChat(answer) as one:
+        other = measure_medbench(target(tmp_path, one.url), read_folder(folder))
+    with pytest.raises(MeasurementError, match="different files"):
+        compare_medbench(before, other, margin_points=2)
 
 
 def test_faults_in_the_files_are_named(folder: Path, tmp_path: Path) -> None:
