@@ -18,13 +18,14 @@ class LoopbackChat:
     """Context manager. `answer` maps the last message to text, or to a list of tokens.
 
     `faults` is consulted for each request with (message, how often it was asked before) and may return an
-    HTTP status (int), "disconnect", "rubbish", or seconds to wait (float); None means no fault.
+    HTTP status (int), "disconnect", "rubbish", "drip" (an answer that never ends), seconds to wait (float),
+    or ("wait", seconds): 429 with that Retry-After; None means no fault.
     """
 
     def __init__(
         self,
         answer: Callable[[str], str | list[Token]],
-        faults: Callable[[str, int], int | float | str | None] = lambda *_: None,
+        faults: Callable[[str, int], int | float | str | tuple[str, object] | None] = lambda *_: None,
         *,
         model: str = "model",
         max_characters: int | None = None,
@@ -57,9 +58,11 @@ class LoopbackChat:
                     with owner._lock:
                         owner.busy -= 1
 
-            def _send(self, status: int, value: Any) -> None:
+            def _send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
+                for name, header in (headers or {}).items():
+                    self.send_header(name, header)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -96,6 +99,16 @@ class LoopbackChat:
             handler.close_connection = True
             handler.connection.close()
             return
+        elif isinstance(fault, tuple):
+            handler._send(429, {"error": {"message": "later"}}, {"Retry-After": str(fault[1])})
+            return
+        elif fault == "drip":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000000")
+            handler.end_headers()
+            while True:  # until the client hangs up
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
         elif fault == "rubbish":
             handler._send(200, b"<html>not json</html>")
             return
