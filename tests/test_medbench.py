@@ -117,7 +117,10 @@ def test_the_upload_is_the_same_lines_with_answers_and_the_same_bytes(folder: Pa
         pack(files, wrong, tmp_path / "three.zip")
     assert not (tmp_path / "three.zip").exists()
     assert pack(files, wrong, tmp_path / "three.zip", faulty=True).is_file()
-    assert written("choice", "分析：A 不对。\n因此选 B\n<B>") == "<B>" and written("choice", "无法判断") == "无法判断"
+    assert (
+        written("choice", "分析：A 不对。\n因此选 B\n<B>") == "<B>"
+        and written("choice", "无法判断") == "无法判断"
+    )
 
 
 def test_two_models_pair_on_the_labelled_items(folder: Path, tmp_path: Path) -> None:

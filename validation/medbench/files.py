@@ -43,7 +43,9 @@ _REMEDY = 'A line is {"question": "…", "answer": "…", "other": {…}}.'
 _GENERIC = re.compile(r"(test|dev|val|valid|data|questions?)", re.IGNORECASE)
 _VERSION = re.compile(r"_V\d+(?=$|_)")
 _OPTION = re.compile(r"^\s*([A-Z])\s*[.．、:：)）]", re.MULTILINE)
-_ASKS_FOR_LETTERS = re.compile(r"选项字母|单选|多选|多项选择|单项选择|选择.{0,12}序号|正确回答的序号|以选项展示")
+_ASKS_FOR_LETTERS = re.compile(
+    r"选项字母|单选|多选|多项选择|单项选择|选择.{0,12}序号|正确回答的序号|以选项展示"
+)
 FOLDER_NAME = "MedBench_LLM"
 
 

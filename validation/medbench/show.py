@@ -10,7 +10,9 @@ from validation.tasks.show import comparison_table, flip_unfoldings
 def medbench_panel(run: MedBenchRun, comparison: MedBenchComparison | None = None) -> Panel:
     """The five dimensions, the tasks, and what changed against the reference."""
     labelled = sum(t.labelled for t in run.by_task)
-    summary = f"{len(run.answers):,} questions of {len(run.by_task)} tasks answered; {labelled:,} have labels. "
+    summary = (
+        f"{len(run.answers):,} questions of {len(run.by_task)} tasks answered; {labelled:,} have labels. "
+    )
     summary += (
         f"{len(run.faults):,} answers are not in the form asked for."
         if run.faults

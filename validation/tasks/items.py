@@ -1,9 +1,9 @@
 """Items: a conversation and what counts as its right answer, one JSON object a line.
 
-    {"id", "task", "language", "messages": [{"role", "content"}], "answer"}            exact text
-    … "kind": "choice", "answer": "B"                                                   or "A, C"
-    … "kind": "numeric", "answer": "0.5 mg", "scoring": {"tolerance": "5%"}             any unit that converts
-    … "kind": "rubric", "scoring": {"rubrics": [{"criterion", "points", "tags"}]}       for a judge
+{"id", "task", "language", "messages": [{"role", "content"}], "answer"}            exact text
+… "kind": "choice", "answer": "B"                                                   or "A, C"
+… "kind": "numeric", "answer": "0.5 mg", "scoring": {"tolerance": "5%"}             any unit that converts
+… "kind": "rubric", "scoring": {"rubrics": [{"criterion", "points", "tags"}]}       for a judge
 """
 
 from __future__ import annotations
