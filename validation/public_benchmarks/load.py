@@ -74,7 +74,7 @@ def load_tasks(
             raise MeasurementError(f"lm-eval knows no task {name!r}", "List them with `lm-eval ls tasks`.")
         for match in matches:
             wanted |= dict(_leaves(index, match, {}))
-    refused = sorted(task for task, spec in wanted.items() if _unsafe(index[task], spec))
+    refused = sorted(task for task, own in wanted.items() if _plain(index[task], own).get("unsafe_code"))
     if refused and not unsafe_code:
         raise MeasurementError(
             f"{', '.join(refused)} would run code that the model wrote on this machine",
@@ -82,13 +82,17 @@ def load_tasks(
         )
     tasks, missing = dict[str, Any](), dict[str, list[str]]()
     for task, overrides in sorted(wanted.items()):
-        spec = _config(index[task]) | overrides | {"task": task}
-        source = str(spec.get("dataset_path"))
-        local = data / source if data is not None and spec.get("dataset_path") else None
-        if local is not None and local.is_dir():
-            spec["dataset_path"] = str(local.resolve())
+        source = str(_plain(index[task], overrides).get("dataset_path"))
         try:
+            spec = _config(index[task]) | overrides | {"task": task}
+            if data is not None and spec.get("dataset_path") and (data / source).is_dir():
+                spec["dataset_path"] = str((data / source).resolve())
             loaded = manager.load([spec])["tasks"][task]
+        except ModuleNotFoundError as err:
+            raise MeasurementError(
+                f"task {task} needs a package that is not here: {err}",
+                f"Install it, or lm-eval's extra for the task: pip install 'lm_eval[{task.split('_')[0]}]'.",
+            ) from None
         except Exception as err:  # whatever the data's reader raises: no traceback for missing data
             if not _is_missing(err):
                 raise MeasurementError(
@@ -173,12 +177,12 @@ def _config(entry: Any) -> dict[str, Any]:
     return {k: v for k, v in loaded.items() if k not in ("tag", "group", "task_list")}
 
 
-def _unsafe(entry: Any, overrides: Mapping[str, Any]) -> bool:
-    """Whether the definition says that it runs generated code; read without loading the task's own code."""
+def _plain(entry: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition without the code that it names: that may need packages, or run what it should not."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else (entry.cfg or {})
-    return bool({**config, **overrides}.get("unsafe_code"))
+    return {**config, **overrides}
 
 
 def _is_missing(err: Exception) -> bool:

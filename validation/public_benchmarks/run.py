@@ -261,7 +261,7 @@ def _reason(
     max_tokens: int | None,
     concurrency: int,
     progress: Progress | None,
-) -> tuple[list[TaskData], AccuracyRun, list[TaskScore]]:
+) -> tuple[list[TaskData], AccuracyRun | None, list[TaskScore]]:
     items: list[Item] = []
     records = []
     for name, task in sorted(tasks.items()):
