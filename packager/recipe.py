@@ -282,7 +282,13 @@ class ValidateSpec(Spec):
     """Folder of the dense checkpoint whose speed is compared; None: the nano's sibling, or not measured."""
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
+    noise_floor: bool = True
+    """Ask BF16 a second time, in another order and concurrency: what flips without any change."""
     seed: int = 0
+
+
+VerdictRule = Literal["non-inferior", "not inferior", "no loss shown"]
+"""What passes; `validation.verdict` says what each rule does by chance."""
 
 
 class GatesSpec(Spec):
@@ -290,6 +296,19 @@ class GatesSpec(Spec):
 
     max_accuracy_loss_points: float | None = None
     """Largest loss, in percentage points, of the quantized weights against BF16 (the point estimate)."""
+    accuracy_margin_points: float | None = Field(default=None, gt=0)
+    """Loss that verdicts still count as none; None: `max_accuracy_loss_points`, or 2."""
+    task_margins: dict[str, float] = {}
+    """Margins of single tasks, in points; a task named here gates by itself, by the rule below."""
+    accuracy_verdict: VerdictRule | None = None
+    """By the 95 % interval of the paired difference, of the quantized weights and of all that is served.
+    non-inferior: it must rule out a loss beyond the margin (needs enough items). not inferior: it must not
+    show one. no loss shown: the exact one-sided test must not show any loss at 2.5 %."""
+    safety_tasks: tuple[str, ...] = ()
+    """Tasks of which every item is one of safety, besides items whose meta says `safety: true`."""
+    max_safety_flips: int | None = Field(default=None, ge=0)
+    """Safety items that all that is served may turn from right to wrong, beyond those that BF16 itself flips
+    when asked twice."""
     min_acceptance_length: float | None = None
     min_identical_fraction: float | None = None
     min_draft_speedup: float | None = None

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from packager.cli import options
+from packager.cli import options, validate_verdict
 from packager.cli.validate_structure import structure
-from packager.errors import BadInput, GateFailed
+from packager.errors import BadInput
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from validation.endpoint import Target
-    from validation.tasks import AccuracyComparison
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -111,41 +110,54 @@ _items = click.option(
 @_items
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--reference", type=_FILE, help="Run of the original model (its --out) to compare with.")
-@click.option(
-    "--margin-points",
-    type=click.FloatRange(min=0, min_open=True),
-    default=2.0,
-    show_default=True,
-    help="Loss in percentage points that still counts as non-inferior.",
-)
+@validate_verdict.options
 def accuracy(
     server: _Server,
     items_path: Path,
     concurrency: int,
     max_tokens: int,
-    reference: Path | None,
-    margin_points: float,
+    asked: validate_verdict.Asked,
 ) -> None:
-    """Exact-match accuracy on items with known answers; with --reference, the paired comparison.
+    """Exact-match accuracy on items with known answers; with --reference, the paired verdict.
 
-    Exits 4 if the comparison shows a loss beyond the margin. An inconclusive comparison exits 0 and says so.
+    Exits 4 if the rule fails: by default, if a loss beyond the margin is shown. An inconclusive comparison
+    says with how many items it would be decided.
     """
     from validation.endpoint import Sampling
-    from validation.tasks import AccuracyRun, compare_accuracy, load_items, measure_accuracy
+    from validation.noise import NoiseFloor, measure_noise
+    from validation.tasks import AccuracyRun, load_items, measure_accuracy
 
-    before = _read(AccuracyRun, reference) if reference is not None else None
+    before = _read(AccuracyRun, asked.reference) if asked.reference is not None else None
+    floor = _read(NoiseFloor, asked.noise) if asked.noise is not None else None
+    items = load_items(items_path)
     run = measure_accuracy(
         server.target,
-        load_items(items_path),
+        items,
         concurrency=concurrency,
         sampling=Sampling(max_tokens=max_tokens),
         progress=_progress,
     )
     _write(run, server.out)
-    comparison = compare_accuracy(before, run, margin_points=margin_points) if before is not None else None
+    noise = None
+    if asked.again is not None:
+        noise = measure_noise(
+            server.target,
+            items,
+            run,
+            margin_points=asked.margin_points,
+            first_concurrency=concurrency,
+            progress=_progress,
+        )
+        _write(noise, asked.again)
+    found = None if before is None else validate_verdict.conclude(asked, before, run, floor)
     if server.as_json:
-        _emit(run=run, comparison=comparison)
+        _emit(
+            run=run,
+            comparison=found and found.comparison,
+            safety=found and found.safety,
+            gates=found and [*found.gates],
+            noise=noise,
+        )
     else:
         header = ["task", "items", "right", "accuracy %", "95 % interval", "commonest answer %"]
         _table(
@@ -162,15 +174,12 @@ def accuracy(
                 for s in (run.overall, *run.by_task, *run.by_language)
             ],
         )
-        if comparison is not None:
-            _print_comparison(comparison)
-    if comparison is not None and comparison.overall.verdict == "inferior":
-        paired = comparison.overall
-        raise GateFailed(
-            f"{run.label} is inferior to {comparison.reference}: {paired.difference_points:+.1f} points, "
-            f"interval {paired.low_points:+.1f} to {paired.high_points:+.1f}, margin {margin_points:g}",
-            "Read the flips in the JSON document.",
-        )
+        if noise is not None:
+            validate_verdict.show_noise(noise)
+        if found is not None:
+            validate_verdict.show(found)
+    if found is not None:
+        validate_verdict.require(found)
 
 
 @command.command()
@@ -354,19 +363,6 @@ def throughput(
         for c in run.cells
     ]
     _table(header, rows)
-
-
-def _print_comparison(comparison: AccuracyComparison) -> None:
-    click.echo(f"\n{comparison.candidate} against {comparison.reference}")
-    rows = []
-    for p in (comparison.overall, *comparison.by_task):
-        verdict = (
-            p.verdict if p.n_to_decide is None else f"{p.verdict} (about {p.n_to_decide} items would decide)"
-        )
-        interval = f"{p.low_points:+.1f} to {p.high_points:+.1f}"
-        counts = [p.only_reference, p.only_candidate, f"{p.p_value:.3g}"]
-        rows.append([p.scope, p.n, f"{p.difference_points:+.1f}", interval, *counts, verdict])
-    _table(["task", "items", "points", "95 % interval", "lost", "gained", "p", "verdict"], rows)
 
 
 def _read(kind: type[Any], path: Path) -> Any:

@@ -2,7 +2,7 @@
 
 Five servers, one after another, because two on one machine spoil each other's speed:
 
-    BF16 source                     accuracy
+    BF16 source                     accuracy, twice: what flips without any change is the noise floor
     quantized                       accuracy; long records with the position limit lifted but no YaRN
     quantized + YaRN                accuracy, greedy texts, long records, speed without the draft
     quantized + YaRN + draft        accuracy, greedy texts, acceptance, speed with the draft
@@ -27,6 +27,7 @@ from packager.recipe import GatesSpec, Recipe
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
 from packager.release.variants import Served, Variants
+from packager.release.verdicts import Verdicts, check_tasks, conclude, margin_points
 from packager.release.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from validation.identity import IdentityResult
     from validation.longcontext import LongComparison, LongRun
     from validation.report import Report
-    from validation.tasks import AccuracyComparison, AccuracyRun, Item
+    from validation.tasks import AccuracyRun, Item
     from validation.throughput import ThroughputRun
 
 Say = Callable[[str], None]
@@ -61,7 +62,7 @@ class Measured:
     """All that was measured; None: not measured."""
 
     accuracy: tuple[AccuracyRun, ...]
-    comparisons: tuple[AccuracyComparison, ...]
+    verdicts: Verdicts
     identity: IdentityResult | None
     long: tuple[LongRun, ...]
     long_comparison: LongComparison | None
@@ -171,17 +172,18 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     from validation.endpoint import Sampling
     from validation.identity import collect_outputs, compare_outputs
     from validation.longcontext import compare_long, measure_long
-    from validation.tasks import compare_accuracy, measure_accuracy
+    from validation.noise import measure_noise
+    from validation.tasks import measure_accuracy
     from validation.throughput import measure_throughput
 
     spec, weights = recipe.validate_, recipe.quantize.weights
     trained = BailingConfig.load(variants.source).max_position_embeddings
     asked = questions(recipe, variants.source, trained)
+    check_tasks(recipe.gates, asked.items)
     cache = workspace.work / "measurements"
     sampling = Sampling(max_tokens=spec.max_output_tokens, seed=spec.seed)
     long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
     same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
-    margin = recipe.gates.max_accuracy_loss_points or 2.0
 
     def accuracy(served: Served) -> AccuracyRun:
         run = measure_accuracy(served.target(cache), asked.items, sampling=sampling)
@@ -214,6 +216,11 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
 
         with variants.bf16() as served:
             bf16 = accuracy(served)
+            noise = None
+            if spec.noise_floor:
+                margin = margin_points(recipe.gates)
+                noise = measure_noise(served.target(cache), asked.items, bf16, margin_points=margin)
+                say(f"  {served.label} again: {noise.flips} of {bf16.overall.n} flip without any change")
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
             long_before = long_records(served, f"{weights}, no YaRN")
@@ -233,11 +240,10 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
                 dense = throughput(served, match=without_draft)
 
     long = tuple(run for run in (long_before, long_after) if run is not None)
+    runs = (bf16, fp8, context, drafted)
     return Measured(
-        accuracy=(bf16, fp8, context, drafted),
-        comparisons=tuple(
-            compare_accuracy(bf16, run, margin_points=margin) for run in (fp8, context, drafted)
-        ),
+        accuracy=runs,
+        verdicts=conclude(recipe.gates, weights, runs, noise),
         identity=compare_outputs(reference, candidate) if same else None,
         long=long,
         long_comparison=compare_long(*long) if len(long) == 2 else None,
@@ -252,7 +258,8 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
     from validation.gates import at_least, at_most
     from validation.throughput import compare_throughput
 
-    fp8 = found.comparisons[0].overall
+    first = found.verdicts.comparisons[0]
+    fp8 = first.overall
     single, drafted = found.without_draft.cells[0], found.with_draft.cells[0]
     acceptance = drafted.acceptance.length if drafted.acceptance else None
     identity = found.identity
@@ -263,12 +270,13 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
     unexplained = sum(not d.near_tie for d in identity.differences) if identity else None
     return (
         at_most(
-            f"accuracy lost by {found.comparisons[0].candidate} against BF16",
+            f"accuracy lost by {first.candidate} against BF16",
             0.0 - fp8.difference_points,  # a sign alone would make -0 of no difference
             spec.max_accuracy_loss_points,
             "points",
             f"interval of the difference {fp8.low_points:+.1f} to {fp8.high_points:+.1f}; {fp8.verdict}",
         ),
+        *found.verdicts.gates(spec),
         at_least(
             "greedy outputs identical with and without the draft",
             identity.identical_fraction if identity else None,
@@ -328,13 +336,14 @@ def collect_evidence(
             weights_note=variants.why_dequantized,
             environment=collect_environment(),
             accuracy=found.accuracy,
-            comparisons=found.comparisons,
+            comparisons=found.verdicts.comparisons,
             identity=(found.identity,) if found.identity else (),
             long_context=found.long,
             long_comparison=found.long_comparison,
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
+            panels=found.verdicts.panels(recipe.gates),
             stages=tuple(
                 StageFigures(
                     stage=stage.name,
@@ -392,14 +401,14 @@ def speculation(without: ThroughputRun, drafted: ThroughputRun, tokens: int) -> 
 
 def summary(report: Report, found: Measured) -> dict[str, Any]:
     """The figures that a table of stages needs, for the manifest; the report has all of them."""
-    fp8 = found.comparisons[0].overall
+    fp8 = found.verdicts.comparisons[0].overall
     plain, drafted = found.without_draft.cells[0], found.with_draft.cells[0]
     return {
         "outcome": report.outcome,
         "gates": [gate.model_dump(mode="json") for gate in report.gates],
         "weights_served": report.weights_served,
         "accuracy": {run.label: [run.overall.correct, run.overall.n] for run in report.accuracy},
-        "weights": found.comparisons[0].candidate,
+        "weights": found.verdicts.comparisons[0].candidate,
         "fp8_difference_points": [fp8.difference_points, fp8.low_points, fp8.high_points],
         "identical": [found.identity.identical, found.identity.n] if found.identity else None,
         "long_records": {
@@ -413,4 +422,4 @@ def summary(report: Report, found: Measured) -> dict[str, Any]:
             "with_draft": drafted.output_tokens_per_s,
             "dense": found.dense.cells[0].output_tokens_per_s if found.dense else None,
         },
-    }
+    } | found.verdicts.summary()

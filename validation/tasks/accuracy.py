@@ -29,6 +29,8 @@ class ItemResult(Document):
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    safety: bool = False
+    """Whether the item's `meta` says `safety: true`: losing it counts by itself."""
 
 
 class Share(Document):
@@ -100,6 +102,7 @@ def measure_accuracy(
                 finish_reason=completion.finish_reason,
                 prompt_tokens=completion.prompt_tokens,
                 completion_tokens=completion.completion_tokens,
+                safety=item.meta.get("safety") is True,
             )
         )
     seconds = sum(c.seconds for c in completions)
