@@ -1,4 +1,4 @@
-"""A loopback server that also has the completions interface: counts tokens, and gives prompt log-probabilities."""
+"""A loopback server with the completions interface too: token counts and prompt log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def tokenize(text: str) -> list[str]:
 
 
 class LoopbackModel(LoopbackChat):
-    """`likelihood` gives nats of a token after a text; whatever is likelier there is at -0.1. None: it has none.
+    """`likelihood` gives nats of a token after a text; whatever is likelier there is at -0.1. None: it
+    has none.
 
     `answer` also continues plain prompts that ask for more than one token.
     """

@@ -23,7 +23,7 @@ from validation.medbench import (
 from validation.medbench.files import written
 
 SINGLE = "请完成下列单选题，只需要输出最适合的选项字母。\n水银血压计的检定周期是？\nA. 1年\nB. 3个月\n"
-SEVERAL = "从问题选项中选出一个或多个正确回答的序号，多个答案之间使用','分隔。\nA. 出血性胃炎\nB. 疝\nC. 消化性溃疡\n"
+SEVERAL = "选出一个或多个正确回答的序号，多个答案之间使用','分隔。\nA. 出血性胃炎\nB. 疝\nC. 消化性溃疡\n"
 OPEN = "简述该病人的诊断及诊断依据。"
 REFERENCE = "诊断：右侧腹股沟疝嵌顿。\n依据：①T 37.8℃；②肿块不可回纳"
 
@@ -73,7 +73,7 @@ def test_answers_are_in_its_form_and_scored_where_there_are_labels(folder: Path,
     assert run.answers["MedSafety:4"] == "<A>", "lines are counted as in the file, blank ones too"
     scores = {t.name: (t.labelled, t.choices_right, t.score) for t in run.by_task}
     assert scores["MedSafety"] == (2, 1, 0.5) and scores["DDx-advanced"] == (1, 1, 1.0)
-    # Key points: 诊断, 右侧腹股沟疝嵌顿, 依据, T 37.8℃, 肿块不可回纳; the answer says 体温, not T, and no 诊断, 依据.
+    # The answer says neither 诊断 nor 依据, and 体温 instead of T.
     assert run.open[0].missing == ("诊断", "依据", "T 37.8℃") and run.open[0].held == 2
     assert scores["MedRehab"] == (0, None, None)
     by_dimension = {d.name: d.score for d in run.by_dimension}
@@ -127,16 +127,19 @@ def test_two_models_pair_on_the_labelled_items(folder: Path, tmp_path: Path) -> 
     questions = [f"{SINGLE}第{k}题" for k in range(40)]
     (folder / "DDx-advanced.jsonl").write_text("".join(line(f"{SEVERAL}第{k}题", "A, C") for k in range(5)))
     (folder / "MedSafety.jsonl").write_text("".join(line(q, "<A>") for q in questions))
+    texts = "".join(line(f"{OPEN}第{k}例", REFERENCE) for k in range(6))
+    (folder / "CMB-Clin-extended" / "test.jsonl").write_text(texts)
     files = read_folder(folder)
     with LoopbackChat(answer) as one, LoopbackChat(lambda q: "B" if "单选" in q else "疝") as two:
         before = measure_medbench(target(tmp_path, one.url), files)
         after = measure_medbench(target(tmp_path, two.url, "FP8"), files)
     found = compare_medbench(before, after, margin_points=2)
     assert found.choices is not None and found.choices.overall.only_reference == 45
-    assert found.inferior and found.open_difference_points == pytest.approx(-40)
+    assert found.inferior and found.open is not None and found.open.overall.verdict == "inferior"
+    assert found.open.overall.difference_points == pytest.approx(-40)
     assert len(medbench_panel(after, found).unfoldings) == len(after.faults) + 45
     same = compare_medbench(before, before, margin_points=2)
-    assert not same.inferior and same.open_difference_points == 0
+    assert not same.inferior and same.open is not None and same.open.overall.difference_points == 0
     (folder / "MedSafety.jsonl").write_text(line(SINGLE, "<A>"))
     with LoopbackChat(answer) as one:
         other = measure_medbench(target(tmp_path, one.url), read_folder(folder))

@@ -1,4 +1,4 @@
-"""Public benchmarks: lm-eval's tasks asked through our client, item by item, resumed, compared, and refused."""
+"""Public benchmarks: lm-eval's tasks asked through our client, item by item, resumed, compared, refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {folder}/medqa.jsonl}}}}
 output_type: multiple_choice
 test_split: test
-doc_to_text: "Question: {{{{sent1}}}}\\nA. {{{{ending0}}}}\\nB. {{{{ending1}}}}\\nC. {{{{ending2}}}}\\nD. {{{{ending3}}}}\\nAnswer:"
+doc_to_text: "Question: {{{{sent1}}}}\\nA. {{{{ending0}}}}\\nB. {{{{ending1}}}}\\nC. {{{{ending2}}}}\\n\\
+  D. {{{{ending3}}}}\\nAnswer:"
 doc_to_target: label
 doc_to_choice: [A, B, C, D]
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]

@@ -1,6 +1,6 @@
 """MedBench (https://medbench.opencompass.org.cn): read its files, answer them, check, pack the upload, score.
 
-Ground truth stays on its server, so a run fills in answers for upload; what has labels is scored here as well.
+Ground truth stays on its server, so a run fills in answers for upload; what has labels is scored here too.
 """
 
 from validation.medbench.files import DIMENSIONS, Question, TaskFile, check, pack, read_folder

@@ -1,17 +1,19 @@
 """MedBench asked of a served model: answers for the upload, and scores where the files hold labels.
 
-Choices are right if the set of letters is. Open answers get the recall of the reference's key points, averaged
-over the items of a task (MedBench's Macro-Recall). Which points a reference has and whether an answer holds
-one is decided on the server by means that are not published; here a point is what `other.key_points` lists
-(each a text or a list of equivalent texts), or else each phrase of the reference, and it is held if it occurs
-word for word, punctuation, spaces and width of letters aside. A paraphrase is not counted, so the figure is a
-lower bound: fit to compare two models on the same items, not to compare with the leaderboard.
+Choices are right if the set of letters is. Open answers get the recall of the reference's key points,
+averaged over the items of a task (MedBench's Macro-Recall). Which points a reference has and whether an
+answer holds one is decided on the server by means that are not published; here a point is what
+`other.key_points` lists (each a text or a list of equivalent texts), or else each phrase of the reference, and
+it is held if it occurs word for word, punctuation, spaces and width of letters aside. A paraphrase is not
+counted, so the figure is a lower bound: fit to compare two models on the same items, not to compare with the
+leaderboard.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from validation.endpoint import Message, Progress, Request, Sampling, Target
 from validation.errors import MeasurementError
 from validation.medbench.files import Question, TaskFile, check, data_digest, written
 from validation.tasks import AccuracyComparison, AccuracyRun, ItemResult, accuracy_of, compare_accuracy
+from validation.tasks.scores import Score, ScoreComparison, compare_scores
 from validation.tasks.scoring import parse_choice
 
 _ENUMERATION = re.compile(r"[①-⑳]|[（(]\d{1,2}[)）]|(?:^|\n)\s*\d{1,2}[.、．)）]|(?:^|\n)\s*[-*•]")
@@ -85,19 +88,14 @@ class MedBenchComparison(Document):
     reference: str
     candidate: str
     choices: AccuracyComparison | None
-    open_items: int
-    open_difference_points: float | None
-    """Mean difference of the recall, candidate minus reference, in points."""
-    open_low_points: float | None
-    open_high_points: float | None
-    """95 % interval of the mean paired difference (Student's t)."""
+    open: ScoreComparison | None
+    """By recall; None: fewer than two open items have labels."""
     margin_points: float
 
     @property
     def inferior(self) -> bool:
         """Whether the loss is shown to exceed the margin, in choices or in open answers."""
-        lost = self.open_high_points is not None and self.open_high_points < -self.margin_points
-        return lost or (self.choices is not None and self.choices.overall.verdict == "inferior")
+        return any(c is not None and c.overall.verdict == "inferior" for c in (self.choices, self.open))
 
 
 def measure_medbench(
@@ -184,32 +182,30 @@ def compare_medbench(
     choices = None
     if reference.choices is not None and candidate.choices is not None:
         choices = compare_accuracy(reference.choices, candidate.choices, margin_points=margin_points)
-    pairs = list(zip(reference.open, candidate.open, strict=True))
-    differences = [100 * (b.recall - a.recall) for a, b in pairs]
-    mean, low, high = _interval(differences)
     return MedBenchComparison(
         reference=reference.label,
         candidate=candidate.label,
         choices=choices,
-        open_items=len(differences),
-        open_difference_points=mean,
-        open_low_points=low,
-        open_high_points=high,
+        open=_compare_open(reference, candidate, margin_points),
         margin_points=margin_points,
     )
 
 
-def _interval(differences: list[float]) -> tuple[float | None, float | None, float | None]:
-    """Mean and 95 % interval of paired differences; of fewer than two there is no interval."""
-    if len(differences) < 2:
-        return (differences[0] if differences else None), None, None
-    from statistics import fmean, stdev
+def _compare_open(reference: MedBenchRun, candidate: MedBenchRun, margin: float) -> ScoreComparison | None:
+    if len(reference.open) < 2:
+        return None
+    counts = Counter(answer.task for answer in reference.open)
+    # A mean of one item has no interval: then the tasks are taken together.
+    together = min(counts.values()) < 2
 
-    from scipy.stats import t
+    def scores(run: MedBenchRun) -> list[Score]:
+        return [
+            Score(id=a.id, task="open answers" if together else a.task, conversation=a.id, score=a.recall)
+            for a in run.open
+        ]
 
-    mean, n = fmean(differences), len(differences)
-    half = float(t.ppf(0.975, n - 1)) * stdev(differences) / n**0.5
-    return mean, mean - half, mean + half
+    labels = (reference.label, candidate.label)
+    return compare_scores(scores(reference), scores(candidate), labels=labels, margin_points=margin)
 
 
 def after_thinking(text: str) -> str:

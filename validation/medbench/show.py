@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from validation.medbench.run import MedBenchComparison, MedBenchRun, TaskShare
 from validation.panel import Column, Panel, Table, Unfolding
-from validation.tasks.show import comparison_table, flip_unfoldings
+from validation.tasks.scores import score_table
+from validation.tasks.show import flip_unfoldings
+from validation.verdict import verdict_panel
 
 
 def medbench_panel(run: MedBenchRun, comparison: MedBenchComparison | None = None) -> Panel:
@@ -24,26 +26,9 @@ def medbench_panel(run: MedBenchRun, comparison: MedBenchComparison | None = Non
     ]
     if comparison is not None:
         if comparison.choices is not None:
-            tables.append(comparison_table(comparison.choices))
-        tables.append(
-            Table(
-                caption=f"Open answers, {comparison.candidate} against {comparison.reference}",
-                columns=(
-                    Column(name="items", digits=0),
-                    Column(name="recall", unit="points", digits=1),
-                    Column(name="95 % low", unit="points", digits=1),
-                    Column(name="95 % high", unit="points", digits=1),
-                ),
-                rows=(
-                    (
-                        comparison.open_items,
-                        comparison.open_difference_points,
-                        comparison.open_low_points,
-                        comparison.open_high_points,
-                    ),
-                ),
-            )
-        )
+            tables += verdict_panel((comparison.choices,)).tables
+        if comparison.open is not None:
+            tables.append(score_table(comparison.open))
     return Panel(
         key="medbench",
         title=f"MedBench, {run.label}",
@@ -55,8 +40,8 @@ def medbench_panel(run: MedBenchRun, comparison: MedBenchComparison | None = Non
         ),
         notes=(
             "A score is the mean over a task's labelled items: 1 for the right letters, for open answers the "
-            "recall of the reference's key points word for word, a lower bound. The leaderboard's figures come "
-            "from its server and are not these.",
+            "recall of the reference's key points word for word, a lower bound. The leaderboard's figures "
+            "come from its server and are not these.",
             f"Data {run.data_digest}.",
         ),
         subjects=(run.subject,),

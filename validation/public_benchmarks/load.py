@@ -78,7 +78,7 @@ def load_tasks(
     if refused and not unsafe_code:
         raise MeasurementError(
             f"{', '.join(refused)} would run code that the model wrote on this machine",
-            "Leave them out, or allow it with --allow-code-execution, in a container without secrets or network.",
+            "Leave them out, or allow it with --allow-code-execution, in a container without secrets.",
         )
     tasks, missing = dict[str, Any](), dict[str, list[str]]()
     for task, overrides in sorted(wanted.items()):

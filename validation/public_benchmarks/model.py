@@ -54,7 +54,7 @@ class EndpointLM(LM):  # type: ignore[misc]
         self.truncated: set[str] = set()
         """Prompts whose answer was cut off at the token limit."""
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy) of each (context, continuation)."""
         return continuation_scores(
             self._target,
@@ -65,14 +65,14 @@ class EndpointLM(LM):  # type: ignore[misc]
             progress=self._progress,
         )
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, _requests: Sequence[Any]) -> list[float]:
         """Not offered: it conditions on a token that a server's interface does not let a client choose."""
         raise MeasurementError(
             "tasks that score whole texts (perplexity) are not run here",
             "Compare perplexity with `packager validate fidelity`.",
         )
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The text up to the task's stop strings, without a reasoning model's thoughts.
 
         In chat the stops are applied here, after `</think>`: a server would apply them to the thoughts and

@@ -1,8 +1,8 @@
 """Named benchmarks as one served model answers them, item by item.
 
 Two styles. `likelihood`: as lm-eval defines each task; a multiple choice is the likeliest continuation.
-`reasoning`: multiple choices are asked in chat, to be thought through and ended with `Answer: X`; long decoding
-is where quantization drifts, and the likelihood of one letter does not see it.
+`reasoning`: multiple choices are asked in chat, to be thought through and ended with `Answer: X`; long
+decoding is where quantization drifts, and the likelihood of one letter does not see it.
 """
 
 from __future__ import annotations

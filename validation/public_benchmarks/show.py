@@ -5,7 +5,8 @@ from __future__ import annotations
 from validation.panel import Column, Panel, Table
 from validation.public_benchmarks.run import BenchmarkRun
 from validation.tasks import AccuracyComparison
-from validation.tasks.show import comparison_table, flip_unfoldings, share_table
+from validation.tasks.show import flip_unfoldings, share_table
+from validation.verdict import verdict_panel
 
 
 def benchmarks_panel(run: BenchmarkRun, comparison: AccuracyComparison | None = None) -> Panel:
@@ -18,7 +19,7 @@ def benchmarks_panel(run: BenchmarkRun, comparison: AccuracyComparison | None = 
         tables.append(share_table("By task", "task", (overall, *run.items.by_task)))
     if comparison is not None:
         summary += f" Against {comparison.reference}: {comparison.overall.verdict}."
-        tables.append(comparison_table(comparison))
+        tables += verdict_panel((comparison,)).tables
     if run.scores:
         tables.append(
             Table(

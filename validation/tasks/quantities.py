@@ -1,9 +1,8 @@
 """Quantities with clinical units, compared exactly: `0.5 mg` is `500 µg`, `5.0×10⁹/L` is `5000/µL`.
 
 Numbers are fractions, never floats, so that a bound that is met exactly is met. Factors are the SI's, and the
-conventional
-millimetre of mercury (133.322387415 Pa) and centimetre of water (98.0665 Pa). Between mass and amount of substance
-there is no conversion: it would need the molar mass.
+conventional millimetre of mercury (133.322387415 Pa) and centimetre of water (98.0665 Pa). Between mass and
+amount of substance there is no conversion: it would need the molar mass.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def quantity(text: str, unit: str = "", where: str = "the answer") -> Quantity:
     if own is None or named is None:
         raise MeasurementError(
             f"{where}: {text!r}{f' in {unit!r}' if unit else ''} is not a number with a unit known here",
-            "Known are g, L, mol, m, Pa with prefixes, mmHg, s, min, h, d, IU, U, %, °C, and their quotients.",
+            "Known are g, L, mol, m, Pa with prefixes, mmHg, s, min, h, d, IU, U, %, °C, and quotients.",
         )
     return Quantity(own.value * named.value, named.dimension, own.scale * named.value)
 

@@ -1,4 +1,4 @@
-"""Accuracy and comparisons of items as tables and unfoldings of a panel."""
+"""Accuracy by task as a table, and flips as unfoldings, of a panel."""
 
 from __future__ import annotations
 
@@ -31,42 +31,6 @@ def share_table(caption: str, first: str, shares: tuple[Share, ...]) -> Table:
                 100 * s.majority_share,
             )
             for s in shares
-        ),
-    )
-
-
-def comparison_table(comparison: AccuracyComparison) -> Table:
-    """The paired comparison by task, in percentage points."""
-    return Table(
-        caption=f"{comparison.candidate} against {comparison.reference}",
-        columns=(
-            Column(name="task", kind="text"),
-            Column(name="items", digits=0),
-            Column(name="difference", unit="points", digits=1),
-            Column(name="low", unit="points", digits=1),
-            Column(name="high", unit="points", digits=1),
-            Column(name="lost", digits=0),
-            Column(name="gained", digits=0),
-            Column(name="p", digits=4),
-            Column(name="margin", unit="points", digits=1),
-            Column(name="verdict", kind="text"),
-        ),
-        rows=tuple(
-            (
-                p.scope,
-                p.n,
-                p.difference_points,
-                p.low_points,
-                p.high_points,
-                p.only_reference,
-                p.only_candidate,
-                p.p_value,
-                p.margin_points,
-                p.verdict
-                if p.n_to_decide is None
-                else f"{p.verdict} (about {p.n_to_decide} items would decide)",
-            )
-            for p in (comparison.overall, *comparison.by_task)
         ),
     )
 
