@@ -10,6 +10,7 @@ import pytest
 from validation.document import digest_of
 from validation.errors import MeasurementError
 from validation.tasks import items_digest, items_from, load_items
+from validation.tasks.comparison import paired_outcomes
 from validation.tasks.quantities import parse_quantity
 from validation.tasks.scoring import Scoring, parse_choice, score
 
@@ -109,3 +110,11 @@ def test_a_row_that_cannot_be_scored_is_named_with_file_and_line(tmp_path: Path)
     assert load_items(path)[0].kind == "rubric"
     with pytest.raises(MeasurementError, match="judge"):
         score("rubric", "", "text")
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_a_task_of_few_items_gets_a_verdict_too(n: int) -> None:
+    # The n that would decide scales what was seen: of few items it must not see more pairs than there are.
+    for lost in range(n + 1):
+        row = paired_outcomes("few", [(True, k >= lost) for k in range(n)], 2.0)
+        assert row.verdict in ("inconclusive", "inferior")
