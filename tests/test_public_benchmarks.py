@@ -213,3 +213,30 @@ def test_what_cannot_be_run_is_said_with_the_way_out(tasks: Path, tmp_path: Path
         pytest.raises(MeasurementError, match="no log-probabilities of the prompt"),
     ):
         measure_benchmarks(target(tmp_path / "b", server.url), ["medqa_local"], include=tasks, limit=1)
+
+
+def test_a_release_judges_each_entry_of_its_recipe(tasks: Path, tmp_path: Path) -> None:
+    from packager.recipe import BenchmarkSpec, GatesSpec
+    from packager.release.benchmarks import Benchmarks, check_benchmarks
+    from packager.release.benchmarks import measure_benchmarks as measure
+
+    own = {"include": str(tasks)}
+    specs = (
+        BenchmarkSpec(tasks=("local",), **own),
+        BenchmarkSpec(tasks=("medqa_local",), style="reasoning", **own),
+    )
+    check_benchmarks(specs)
+    with pytest.raises(MeasurementError, match="example-org/absent"):
+        check_benchmarks([BenchmarkSpec(tasks=("absent_local",), **own)])
+    said: list[str] = []
+    with LoopbackModel(says, likes_case) as one, LoopbackModel(lambda _: "Answer: B", likes_case) as two:
+        before = measure(specs, target(tmp_path, one.url), said.append)
+        after = measure(specs, target(tmp_path, two.url, "FP8"), said.append)
+    assert said[0] == "  BF16, local (likelihood): 16 of 18 right"
+    gates = GatesSpec(accuracy_verdict="not inferior")
+    found = Benchmarks.compare(specs, before, after, 2.0).gates(gates)
+    assert [g.outcome for g in found] == ["fail", "fail"]
+    assert found[1].name == "medqa_local (reasoning) of FP8 against BF16"
+    same = Benchmarks.compare(specs, before, before, 2.0)
+    assert [g.outcome for g in same.gates(gates)] == ["pass", "pass"]
+    assert [p.key for p in same.panels()] == ["benchmarks-likelihood-1", "benchmarks-reasoning-2"]

@@ -3,8 +3,8 @@
 Choices are right if the set of letters is. Open answers get the recall of the reference's key points,
 averaged over the items of a task (MedBench's Macro-Recall). Which points a reference has and whether an
 answer holds one is decided on the server by means that are not published; here a point is what
-`other.key_points` lists (each a text or a list of equivalent texts), or else each phrase of the reference, and
-it is held if it occurs word for word, punctuation, spaces and width of letters aside. A paraphrase is not
+`other.key_points` lists (each a text or a list of equivalent texts), or else each phrase of the reference,
+and it is held if it occurs word for word, punctuation, spaces and width of letters aside. A paraphrase is not
 counted, so the figure is a lower bound: fit to compare two models on the same items, not to compare with the
 leaderboard.
 """

@@ -9,8 +9,14 @@ from validation.tasks.show import flip_unfoldings, share_table
 from validation.verdict import verdict_panel
 
 
-def benchmarks_panel(run: BenchmarkRun, comparison: AccuracyComparison | None = None) -> Panel:
-    """Accuracy by task, lm-eval's own averages, the data, and what changed against the reference."""
+def benchmarks_panel(
+    run: BenchmarkRun, comparison: AccuracyComparison | None = None, *, part: int | None = None
+) -> Panel:
+    """Accuracy by task, lm-eval's own averages, the data, and what changed against the reference.
+
+    Args:
+        part: number of the panel, where a report has several.
+    """
     tables: list[Table] = []
     summary = f"{len(run.data)} tasks, {sum(d.items for d in run.data):,} items."
     if run.items is not None:
@@ -59,7 +65,7 @@ def benchmarks_panel(run: BenchmarkRun, comparison: AccuracyComparison | None = 
         "reasoning": "Multiple choices were asked in chat and thought through; the last `Answer:` counts.",
     }[run.style]
     return Panel(
-        key=f"benchmarks-{run.style}",
+        key=f"benchmarks-{run.style}" + (f"-{part}" if part is not None else ""),
         title=f"Public benchmarks, {run.label}" + (", with reasoning" if run.style == "reasoning" else ""),
         summary=summary,
         tables=tuple(tables),
