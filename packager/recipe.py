@@ -286,6 +286,26 @@ class HealthBenchSpec(Spec):
     max_output_tokens: int = Field(default=2048, gt=0)
 
 
+class BenchmarkSpec(Spec):
+    """Public benchmarks that BF16 and the quantized weights answer, by the names lm-eval gives them."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Tasks, groups or patterns, such as multimedqa, cmmlu_anatomy, careqa_en, gsm8k. Tasks that run code
+    which the model wrote (humaneval) are refused in a release."""
+    style: Literal["likelihood", "reasoning"] = "likelihood"
+    """reasoning: multiple choices are asked in chat, thought through, and ended with `Answer: X`."""
+    data: str | None = None
+    """Folder with data sets as <organisation>/<name>, before the hub."""
+    include: str | None = None
+    """Folder with task definitions (YAML) of one's own."""
+    limit: int | None = Field(default=None, gt=0)
+    """First N items of each task."""
+    fewshot: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    margin_points: float | None = Field(default=None, gt=0)
+    """Loss that the verdict counts as none; None: the margin of the gates."""
+
+
 class ValidateSpec(Spec):
     """What is measured, on how many items."""
 
@@ -303,6 +323,8 @@ class ValidateSpec(Spec):
     """Longest answer to an item."""
     dense_baseline: str | None = None
     """Folder of the dense checkpoint whose speed is compared; None: the nano's sibling, or not measured."""
+    benchmarks: tuple[BenchmarkSpec, ...] = ()
+    """Each entry is judged by the gates on accuracy, apart from the items."""
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
     noise_floor: bool = True

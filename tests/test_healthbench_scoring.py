@@ -198,15 +198,24 @@ def _row(**changes: object) -> dict[str, object]:
 
 def test_rows_are_read_by_digest_and_missing_data_says_how_to_get_it(tmp_path: Path) -> None:
     own = {"id": "mine", "prompt": "Dose?", "rubrics": [{"criterion": "Says 5 mg", "points": 1}]}
-    content = "".join(json.dumps(r) + "\n\n" for r in (_row(), own)).encode()
+    item = {
+        "id": "item",
+        "task": "triage",
+        "language": "en",
+        "messages": [{"role": "user", "content": "Chest pain?"}],
+        "kind": "rubric",
+        "scoring": {"rubrics": [{"criterion": "Says to call for help", "points": 3}]},
+    }
+    content = "".join(json.dumps(r) + "\n\n" for r in (_row(), own, item)).encode()
     (tmp_path / FILES["hard"]).write_bytes(content)
     digest = "sha256:" + hashlib.sha256(content).hexdigest()
     found = load_rubrics(tmp_path, subset="hard", digest=digest)
-    assert (found.name, found.digest, len(found.examples)) == ("HealthBench hard", digest, 2)
+    assert (found.name, found.digest, len(found.examples)) == ("HealthBench hard", digest, 3)
     assert found.examples[0].rubrics[0].text == "[5] Greets"
     assert found.examples[1].rubrics[0].tags == ()
+    assert found.examples[2].example_tags == ("theme:triage", "language:en")
     sample = found.sample(1)
-    assert len(sample.examples) == 1 and sample.digest != digest and found.sample(2) is found
+    assert len(sample.examples) == 1 and sample.digest != digest and found.sample(3) is found
     with pytest.raises(MeasurementError, match="not sha256:0"):
         load_rubrics(tmp_path, subset="hard", digest="sha256:0")
     for load in (lambda: load_rubrics(tmp_path), lambda: load_meta(tmp_path)):

@@ -10,31 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from packager.cli import options
+from packager.cli.measuring import (
+    Server,
+    emit,
+    print_progress,
+    read_run,
+    server_options,
+    write_run,
+)
+from packager.cli.validate_benchmark import comparison_options, print_panel
 from packager.errors import BadInput, GateFailed, UsageProblem
 
 if TYPE_CHECKING:
     from validation.healthbench import Judge, MetaRows, Qualification, Rubrics
-    from validation.panel import Panel
 
 PACKAGED = "package:nano"
 """Instead of a path or a URL: the nano's rubrics, its meta-evaluation, its judge by rule."""
-_RUN = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.option("--url", required=True, help="Base URL of the server, without /v1.")
-@click.option("--model", default="model", show_default=True, help="Name the server serves under.")
-@click.option("--subject", required=True, help="Digest of what is served; binds the evidence.")
-@click.option("--label", default="candidate", show_default=True, help="What tables call it.")
-@click.option(
-    "--cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path(".packager-answers"),
-    show_default=True,
-    help="Folder that keeps answers and judgements.",
-)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the run as JSON.")
+@server_options
 @click.option(
     "--rows",
     required=True,
@@ -64,20 +59,10 @@ _RUN = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--second-judge-url", help="Another judge over the same answers: agreement, other score.")
 @click.option("--second-judge-model", default="model", show_default=True)
 @click.option("--second-judge-subject")
-@click.option("--reference", type=_RUN, help="Run of the original model (its --out) to compare with.")
-@click.option(
-    "--margin-points",
-    type=click.FloatRange(min=0, min_open=True),
-    default=2.0,
-    show_default=True,
-    help="Loss, in points of 100, that still counts as non-inferior.",
-)
 @click.option("--min-score", type=click.FloatRange(0, 1), help="Gate: lowest score, 0 to 1.")
 @click.option("--max-new-harm", type=click.IntRange(min=0), help="Gate: harm criteria newly met, at most.")
-@options.as_json
-def healthbench(
-    url: str, model: str, subject: str, label: str, cache: Path, out: Path | None, as_json: bool, **own: Any
-) -> None:
+@comparison_options
+def healthbench(server: Server, **own: Any) -> None:
     """Rubric scores by a judge: one call a criterion, HealthBench's grader prompt and arithmetic.
 
     The judge is first put to --meta; without it, or below --min-balanced-f1, the score does not count and
@@ -87,8 +72,7 @@ def healthbench(
     A criterion without a readable judgement is "not graded": its conversation is left out of the score, and
     counted.
     """
-    from packager.cli.validate import _emit, _progress, _read, _write
-    from validation.endpoint import Sampling, Target
+    from validation.endpoint import Sampling
     from validation.gates import failed
     from validation.healthbench import (
         RubricRun,
@@ -102,8 +86,8 @@ def healthbench(
 
     if own["max_new_harm"] is not None and own["reference"] is None:
         raise UsageProblem("--max-new-harm needs --reference: new against what?")
-    before = _read(RubricRun, own["reference"]) if own["reference"] is not None else None
-    target = Target(url, model, subject, label, cache)
+    before = read_run(RubricRun, own["reference"]) if own["reference"] is not None else None
+    cache = server.target.cache
     rubrics, meta = _data(cache, own)
 
     def qualified(judge: Judge) -> Qualification | None:
@@ -114,7 +98,7 @@ def healthbench(
             meta,
             min_balanced_f1=own["min_balanced_f1"],
             min_category_f1=own["min_category_f1"],
-            progress=_progress,
+            progress=print_progress,
         )
         said = "not defined" if found.overall.balanced_f1 is None else f"{found.overall.balanced_f1:.3f}"
         click.echo(
@@ -126,13 +110,13 @@ def healthbench(
 
     def run_by(judge: Judge) -> RubricRun:
         return measure_rubrics(
-            target,
+            server.target,
             judge,
             rubrics,
             qualification=qualified(judge),
             sampling=Sampling(max_tokens=own["max_tokens"], top_logprobs=None),
             concurrency=own["concurrency"],
-            progress=_progress,
+            progress=print_progress,
         )
 
     with ExitStack() as stack:
@@ -145,7 +129,7 @@ def healthbench(
                     "the second judge is the first", "Name another, or --second-judge-subject."
                 )
         run = run_by(judge)
-        _write(run, out)
+        write_run(run, server.out)
         swap = compare_judges(run, run_by(other)) if other is not None else None
     comparison = (
         compare_rubrics(before, run, margin_points=own["margin_points"]) if before is not None else None
@@ -153,8 +137,9 @@ def healthbench(
     gates = rubric_gates(run, comparison, min_score=own["min_score"], max_new_harm=own["max_new_harm"])
     runs = [found for found in (before, run) if found is not None]
     panel = rubric_panel(runs, [comparison] if comparison else [], swap)
-    if as_json:
-        _emit(run=run, comparison=comparison, swap=swap, gates=list(gates), panel=panel)
+    write_run(panel, own["panel_out"])
+    if server.as_json:
+        emit(run=run, comparison=comparison, swap=swap, gates=list(gates), panel=panel)
     else:
         print_panel(panel)
     missed = [f"{g.name}: {g.measured:.4g}, bound {g.bound:g}" for g in failed(gates)]
@@ -201,32 +186,3 @@ def _judge(which: str, cache: Path, own: dict[str, Any]) -> Iterator[Judge]:
     if name and not key:
         raise BadInput(f"the environment variable {name} holds no key", "Set it, or correct --judge-key-env.")
     yield Judge(url, model, subject or f"{model} at {url}", cache, api_key=key, **patience)
-
-
-def print_panel(panel: Panel) -> None:
-    """A panel as tables of text on stdout."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    console.print(escape(f"{panel.title}: {panel.summary}"))
-    for table in panel.tables:
-        shown = Table(box=None, pad_edge=False, title=escape(table.caption), title_justify="left")
-        for column in table.columns:
-            name = f"{column.name}, {column.unit}" if column.unit else column.name
-            shown.add_column(escape(name), justify="left" if column.kind == "text" else "right")
-        for row in table.rows:
-            cells = []
-            for column, cell in zip(table.columns, row, strict=True):
-                if cell is None:
-                    cells.append("–")
-                elif isinstance(cell, str) or column.digits is None:
-                    cells.append(str(cell))
-                else:
-                    cells.append(f"{cell:.{column.digits}f}")
-            shown.add_row(*map(escape, cells))
-        console.print()
-        console.print(shown)
-    for note in panel.notes:
-        console.print(escape(f"\n{note}"))

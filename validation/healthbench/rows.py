@@ -3,15 +3,14 @@
 One JSON object a line. HealthBench's rows (https://huggingface.co/datasets/openai/healthbench, MIT):
 `prompt_id`, `prompt` [{role, content}], `rubrics` [{criterion, points, tags}], `example_tags`,
 `ideal_completions_data`. A row of the user's own may say `id` for `prompt_id`, give `prompt` as one text,
-and leave out tags. The meta-evaluation's rows hold a finished conversation, one criterion, and what
-physicians said of it: `prompt`, `completion`, `rubric`, `category`, `binary_labels`,
-`anonymized_physician_ids`.
+and leave out tags; an item of `validation.tasks` of kind "rubric" is one too. The meta-evaluation's rows hold
+a finished conversation, one criterion, and what physicians said of it: `prompt`, `completion`, `rubric`,
+`category`, `binary_labels`, `anonymized_physician_ids`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from validation.document import Document, digest_of
 from validation.endpoint import Message, Request
 from validation.errors import MeasurementError
+from validation.jsonl import read_jsonl
 
 Subset = Literal["main", "hard", "consensus"]
 FILES: Mapping[str, str] = {
@@ -161,9 +161,9 @@ def rubrics_from(
         with _where(source, number, '{"prompt_id", "prompt", "rubrics": [{"criterion", "points", "tags"}]}'):
             example = Example(
                 prompt_id=row.get("prompt_id", row.get("id", "")),
-                prompt=_turns(row.get("prompt")),
-                rubrics=tuple(RubricItem.model_validate(r) for r in row.get("rubrics") or ()),
-                example_tags=tuple(row.get("example_tags") or ()),
+                prompt=_turns(row.get("prompt", row.get("messages"))),
+                rubrics=tuple(RubricItem.model_validate(r) for r in _rubrics(row)),
+                example_tags=_example_tags(row),
                 ideal_completion=(row.get("ideal_completions_data") or {}).get("ideal_completion"),
             )
         if example.prompt_id in seen:
@@ -220,30 +220,26 @@ def rubric_file(path: Path, which: Subset | Literal["meta"]) -> Path:
     return file
 
 
-def _read(file: Path, digest: str | None) -> tuple[str, Iterator[tuple[int, dict[str, Any]]]]:
-    try:
-        content = file.read_bytes()
-    except OSError as err:
-        raise MeasurementError(f"cannot read {file}: {err.strerror}") from None
-    found = "sha256:" + hashlib.sha256(content).hexdigest()
+def _read(file: Path, digest: str | None) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
+    rows = read_jsonl(file)
+    found = "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()
     if digest is not None and digest != found:
         raise MeasurementError(
             f"{file} is {found}, not {digest}", "Get the file that was named, or name this one beforehand."
         )
-    return found, _objects(file, content)
+    return found, rows
 
 
-def _objects(file: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            raise MeasurementError(f"{file}, line {number} is not JSON: {err}") from None
-        if not isinstance(row, dict):
-            raise MeasurementError(f"{file}, line {number} is not a JSON object")
-        yield number, row
+def _rubrics(row: dict[str, Any]) -> Iterable[Any]:
+    return row.get("rubrics") or (row.get("scoring") or {}).get("rubrics") or ()
+
+
+def _example_tags(row: dict[str, Any]) -> tuple[str, ...]:
+    """An item of `validation.tasks` has a task and a language instead of tags."""
+    own = [
+        f"{kind}:{row[name]}" for kind, name in (("theme", "task"), ("language", "language")) if name in row
+    ]
+    return tuple(row.get("example_tags") or own)
 
 
 def _turns(prompt: Any) -> tuple[Message, ...]:

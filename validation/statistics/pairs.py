@@ -152,13 +152,14 @@ def n_to_decide(
         return None
     lost, gained = only_reference / n, only_candidate / n
     if only_reference + only_candidate == 0:
-        lost = gained = 1.5 / n
+        lost = gained = min(1.5 / n, 0.5)
     if math.isclose(gained - lost, -margin, abs_tol=1e-12):
         return None
 
     def decided(size: int) -> bool:
-        interval = paired_difference(round(lost * size), round(gained * size), size, confidence)
-        return non_inferiority(interval, margin) != "inconclusive"
+        losses = round(lost * size)
+        gains = min(round(gained * size), size - losses)
+        return non_inferiority(paired_difference(losses, gains, size, confidence), margin) != "inconclusive"
 
     low, high = n, n
     while not decided(high):
