@@ -247,6 +247,20 @@ def test_a_judge_that_refuses_is_said_and_one_that_stumbles_is_asked_again(tmp_p
         assert found.met is True
 
 
+def test_a_judge_that_dies_midway_loses_nothing_and_is_asked_nothing_twice(tmp_path: Path) -> None:
+    questions = [Question([Message(role="assistant", content="x")], f"[1] criterion {k}") for k in range(40)]
+    met = '{"criteria_met": true}'
+    with LoopbackChat(lambda _: met, lambda *_: "disconnect" if len(server.bodies) > 25 else None) as server:
+        judge = judge_of(server, tmp_path, attempts=1, give_up_after=4, concurrency=2)
+        before = judge.grade(questions)
+    kept = sum(found.met is True for found in before)
+    assert 20 <= kept < 40 and all(found.fault for found in before if found.met is None)
+    with LoopbackChat(lambda _: met) as server:
+        after = judge_of(server, tmp_path, concurrency=2).grade(questions)
+        assert len(server.bodies) == 40 - kept
+    assert all(found.met for found in after)
+
+
 def test_a_wrong_judge_is_not_qualified_and_its_scores_do_not_count(
     data: tuple[Rubrics, MetaRows], tmp_path: Path
 ) -> None:
