@@ -238,7 +238,7 @@ def test_a_release_judges_each_entry_of_its_recipe(tasks: Path, tmp_path: Path) 
     gates = GatesSpec(accuracy_verdict="not inferior")
     found = Benchmarks.compare(specs, before, after, 2.0).gates(gates)
     assert [g.outcome for g in found] == ["fail", "fail"]
-    assert found[1].name.startswith("medqa_local (reasoning) of FP8 against BF16: not inferior")
+    assert found[1].name.startswith("medqa_local (reasoning): accuracy of FP8 against BF16: not inferior")
     same = Benchmarks.compare(specs, before, before, 2.0)
     assert [g.outcome for g in same.gates(gates)] == ["pass", "pass"]
     assert [p.key for p in same.panels()] == ["benchmarks-likelihood-1", "benchmarks-reasoning-2"]
