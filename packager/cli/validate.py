@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packager.cli import options
+from packager.cli.validate_fidelity import fidelity
+from packager.cli.validate_served import WHERE, served_options, serving
 from packager.cli.validate_structure import structure
 from packager.errors import BadInput, GateFailed
 
@@ -25,14 +27,16 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.group()
 def command() -> None:
-    """Measure a running OpenAI-compatible server and judge the figures, or check a checkpoint's structure.
+    """Measure a served model and judge the figures, or check a checkpoint's structure.
 
-    Start a server with `packager serve`. Answers are kept in the cache folder: a command that was killed goes
-    on where it stopped, and an item that was answered is never asked again for the same --subject.
+    With --serve a server is started for the measurement and stopped after it; with --url a running
+    OpenAI-compatible one is asked. Answers are kept in the cache folder: a command that was killed goes on
+    where it stopped, and an item that was answered is never asked again for the same --subject.
     """
 
 
 command.add_command(structure)
+command.add_command(fidelity)
 
 
 @dataclass(frozen=True)
@@ -49,27 +53,14 @@ def _server(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def packed(
-        url: str,
-        model: str,
-        subject: str,
-        label: str,
-        cache: Path,
-        out: Path | None,
-        as_json: bool,
-        **own: Any,
+        label: str, cache: Path, out: Path | None, as_json: bool, **own: Any
     ) -> None:
-        from validation.endpoint import Target
-
-        function(_Server(Target(url, model, subject, label, cache), out, as_json), **own)
+        where = {name: own.pop(name) for name in WHERE}
+        with serving(label=label, cache=cache, **where) as target:
+            function(_Server(target, out, as_json), **own)
 
     shared = [
-        click.option("--url", required=True, help="Base URL of the server, without /v1."),
-        click.option("--model", default="model", show_default=True, help="Name the server serves under."),
-        click.option(
-            "--subject",
-            required=True,
-            help="Digest of what is served (see `packager inspect`); binds the evidence.",
-        ),
+        *served_options(),
         click.option("--label", default="candidate", show_default=True, help="What tables call it."),
         click.option(
             "--cache",

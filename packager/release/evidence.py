@@ -26,7 +26,8 @@ from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
-from packager.release.variants import Served, Variants
+from packager.release.served import Served
+from packager.release.variants import Variants
 from packager.release.workspace import Workspace
 
 if TYPE_CHECKING:
