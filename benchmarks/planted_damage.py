@@ -36,10 +36,10 @@ from packager.quantize import dequantize, diff, quantize
 from packager.quantize.fidelity import LEDGER_NAME
 from packager.recipe import QuantizeSpec
 from packager.serving import Server, ServeSpec, fp8_runs_here
-from validation.endpoint import Message, Sampling, Target
+from validation.endpoint import Sampling, Target
 from validation.fidelity import RoutingAgreement, compare_routing, compare_scores
 from validation.identity import OutputRun, collect_outputs, compare_outputs
-from validation.prompt_logprobs import Passage, ScoredRun, Scoring, score_passages
+from validation.prompt_logprobs import Passage, ScoredRun, Scoring, answers_as_passages, score_passages
 from validation.tasks import AccuracyRun, Item, compare_accuracy, items_from, measure_accuracy
 from validation.tasks.accuracy import share_of
 
@@ -247,20 +247,6 @@ def serving(path: Path, work: Path, label: str) -> Iterator[Target]:
         yield Target(server.url, "model", digest, label, work / "answers")
 
 
-def passages_of(run: AccuracyRun, items: Sequence[Item], count: int) -> list[Passage]:
-    """Questions with the reference's own answers, which alone are judged."""
-    step = max(1, len(items) // count)
-    return [
-        Passage(
-            id=item.id,
-            language=item.language,
-            messages=(*item.messages, Message(role="assistant", content=result.text)),
-            context_tokens=result.prompt_tokens,
-        )
-        for item, result in list(zip(items, run.results, strict=True))[::step][:count]
-    ]
-
-
 def ask(
     path: Path, work: Path, label: str, items: Sequence[Item], passages: list[Passage] | None, count: int
 ) -> tuple[Served, list[Passage]]:
@@ -271,7 +257,8 @@ def ask(
         accuracy = measure_accuracy(target, items, sampling=sampling)
         outputs = collect_outputs(target, items, sampling=sampling)
         again = None
-        passages_given = passages or passages_of(accuracy, items, count)
+        step = max(1, len(items) // count)
+        passages_given = passages or answers_as_passages(items[::step], accuracy.results[::step])
         scores = score_passages(target, passages_given)
         if passages is None:
             again = score_passages(target, passages_given, scoring=Scoring(repetition=1), concurrency=3)

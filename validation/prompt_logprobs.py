@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -126,6 +126,44 @@ def score_passages(
     )
 
 
+class Asked(Protocol):
+    """A question, such as an item."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def language(self) -> str: ...
+    @property
+    def messages(self) -> tuple[Message, ...]: ...
+
+
+class Answered(Protocol):
+    """An answer to it, such as a completion or an item's result."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+
+
+def answers_as_passages(questions: Sequence[Asked], answers: Sequence[Answered]) -> list[Passage]:
+    """Questions with the answers they got, of which the answers alone are judged.
+
+    The template must put an answer behind the question as it does when it is asked for, as chat templates do.
+    Answers of no text are left out.
+    """
+    return [
+        Passage(
+            id=question.id,
+            language=question.language,
+            messages=(*question.messages, Message(role="assistant", content=answer.text)),
+            context_tokens=answer.prompt_tokens,
+        )
+        for question, answer in zip(questions, answers, strict=True)
+        if answer.text
+    ]
+
+
 def _job(passage: Passage, target: Target, scoring: Scoring) -> Job[ScoredPassage]:
     body: dict[str, Any] = {"model": target.model, "temperature": 0.0}
     if scoring.form == "echo":
@@ -180,7 +218,7 @@ def _from_prompt_logprobs(reply: dict[str, Any], label: str) -> _Rows:
     if not entries:
         raise MeasurementError(
             f"the server of {label} returns no log-probabilities of the prompt",
-            "Score by `echo` if it has that, or serve with vLLM.",
+            "Compare answers alone, score by `echo` if it has that, or serve with vLLM.",
         )
     # Without ids, the text's own token is the first of each entry (vLLM's `gather_logprobs`).
     own = [str(i) for i in ids] if ids else ["", *(next(iter(entry)) for entry in entries[1:])]
