@@ -302,6 +302,13 @@ class ValidateSpec(Spec):
     """Folder of the dense checkpoint whose speed is compared; None: the nano's sibling, or not measured."""
     benchmarks: tuple[BenchmarkSpec, ...] = ()
     """Each entry is judged by the gates on accuracy, apart from the items."""
+    draft_tokens: tuple[int, ...] = ()
+    """Draft lengths K at which the release measures its draft, by concurrency, task, language and context, as
+    `draft evaluate` does; the fastest at each concurrency goes into the serve settings. Empty: only
+    draft.num_speculative_tokens, and less of it."""
+    draft_evaluations: tuple[str, ...] = ()
+    """Files of `draft evaluate --out` that the report shows. Each must have been measured on this release's
+    target, one at least with its draft; those of other drafts are compared with it."""
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
     noise_floor: bool = True
