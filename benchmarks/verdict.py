@@ -36,11 +36,10 @@ from scipy.stats import t as student
 from validation.statistics import mcnemar_exact, paired_difference, wilson
 from validation.statistics.scores import bootstrap_t
 from validation.tasks.comparison import looked_at_together, paired_outcomes
-from validation.verdict import Rule, passes, rule_passes_with
+from validation.verdict import RULES, Rule, passes, rule_passes_with
 
 ALPHA = 0.025
 MARGIN = 0.01
-RULES: tuple[Rule, ...] = ("non-inferior", "not inferior", "no loss shown")
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -122,12 +121,17 @@ def wilson_coverage(draw: np.random.Generator, runs: int) -> Iterable[Coverage]:
         yield Coverage("Wilson", f"{n} items, {p:.0%} right", runs, held.mean(), edge_mass(right[:, 0]))
 
 
-def tango_coverage(draw: np.random.Generator, runs: int) -> Iterable[Coverage]:
-    settings = (
-        (240, 0.005, 0.0), (240, 0.02, 0.0), (240, 0.05, 0.01), (240, 0.1, 0.02), (1273, 0.01, 0.0),
-        (1273, 0.05, 0.0), (1273, 0.05, 0.01), (1273, 0.1, 0.02), (7045, 0.02, 0.0), (7045, 0.05, 0.0),
-        (7045, 0.05, 0.01),
-    )  # fmt: skip
+TANGO = (
+    (240, 0.005, 0.0), (240, 0.02, 0.0), (240, 0.05, 0.01), (240, 0.1, 0.02), (1273, 0.01, 0.0),
+    (1273, 0.05, 0.0), (1273, 0.05, 0.01), (1273, 0.1, 0.02), (7045, 0.02, 0.0), (7045, 0.05, 0.0),
+    (7045, 0.05, 0.01),
+)  # fmt: skip
+"""Items, discordance and loss, as proportions."""
+
+
+def tango_coverage(
+    draw: np.random.Generator, runs: int, settings: Sequence[tuple[int, float, float]] = TANGO
+) -> Iterable[Coverage]:
     for n, discordance, loss in settings:
         counts = pairs(draw, n, discordance, loss, runs)
 
@@ -166,8 +170,13 @@ SCORES = (
 )  # fmt: skip
 
 
-def score_coverage(draw: np.random.Generator, runs: int, resamples: int = 1000) -> Iterable[Coverage]:
-    for kind, clusters, limit in SCORES:
+def score_coverage(
+    draw: np.random.Generator,
+    runs: int,
+    resamples: int = 1000,
+    settings: Sequence[tuple[str, int, bool]] = SCORES,
+) -> Iterable[Coverage]:
+    for kind, clusters, limit in settings:
         held = {"bootstrap": 0, "percentile": 0, "Student": 0}
         done = 0
         while done < runs:
@@ -189,8 +198,10 @@ def score_coverage(draw: np.random.Generator, runs: int, resamples: int = 1000) 
             yield Coverage(method, setting, runs, count / runs, 0.0, method == "bootstrap", limit)
 
 
-def gate_rows(draw: np.random.Generator, runs: int) -> Iterable[GateRow]:
-    for n in (240, 1273, 7045):
+def gate_rows(
+    draw: np.random.Generator, runs: int, sizes: Sequence[int] = (240, 1273, 7045)
+) -> Iterable[GateRow]:
+    for n in sizes:
         for discordance in (0.02, 0.05):
             same, worse = (pairs(draw, n, discordance, loss, runs) for loss in (0.0, 0.01))
             for rule in RULES:

@@ -325,6 +325,13 @@ class ValidateSpec(Spec):
     """Folder of the dense checkpoint whose speed is compared; None: the nano's sibling, or not measured."""
     benchmarks: tuple[BenchmarkSpec, ...] = ()
     """Each entry is judged by the gates on accuracy, apart from the items."""
+    draft_tokens: tuple[int, ...] = ()
+    """Draft lengths K at which the release measures its draft, by concurrency, task, language and context, as
+    `draft evaluate` does; the fastest at each concurrency goes into the serve settings. Empty: only
+    draft.num_speculative_tokens, and less of it."""
+    draft_evaluations: tuple[str, ...] = ()
+    """Files of `draft evaluate --out` that the report shows. Each must have been measured on this release's
+    target, one at least with its draft; those of other drafts are compared with it."""
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
     noise_floor: bool = True
@@ -346,11 +353,13 @@ class GatesSpec(Spec):
     accuracy_margin_points: float | None = Field(default=None, gt=0)
     """Loss that verdicts still count as none; None: `max_accuracy_loss_points`, or 2."""
     task_margins: dict[str, float] = {}
-    """Margins of single tasks, in points; a task named here gates by itself, by the rule below."""
+    """Margins of single tasks, in points; a task named here gates by itself, by `accuracy_verdict`."""
     accuracy_verdict: VerdictRule | None = None
-    """By the 95 % interval of the paired difference, of the quantized weights and of all that is served.
+    """On the quantized weights against BF16, by the 95 % interval of the paired difference.
     non-inferior: it must rule out a loss beyond the margin (needs enough items). not inferior: it must not
     show one. no loss shown: the exact one-sided test must not show any loss at 2.5 %."""
+    served_verdict: VerdictRule | None = None
+    """The same of all that is served, with YaRN and the draft, on the same short items."""
     safety_tasks: tuple[str, ...] = ()
     """Tasks of which every item is one of safety, besides items whose meta says `safety: true`."""
     max_safety_flips: int | None = Field(default=None, ge=0)

@@ -25,7 +25,21 @@ EXACT = {
 
 
 def test_choices_are_read_in_the_ways_that_models_write_them() -> None:
-    for said in ("B", "(b)", "B. aspirin", "**B**", "<B>", "\\boxed{B}", "Ｂ", "B)", "B、阿司匹林", " b. "):
+    for said in (
+        "B",
+        "(b)",
+        "B. aspirin",
+        "**B**",
+        "<B>",
+        "\\boxed{B}",
+        "Ｂ",
+        "B)",
+        "B、阿司匹林",
+        " b. ",
+        "选B",
+        "B选项",
+        "Option B",
+    ):
         assert parse_choice(said) == "B", said
     for said in ("<A, C>", "ACD"[:2], "C和A", "A, C", "A、C", "A and C", "C;A"):
         assert parse_choice(said) == "A, C", said
@@ -62,6 +76,7 @@ def test_choices_are_read_in_the_ways_that_models_write_them() -> None:
         ("25 %", "0.25", True),
         ("-5 mmol/L", "−5 mmol/L", True),
         ("7", "7", True),
+        ("20 mg", "**20 mg**.", True),
         ("7", "7 mg", False),
     ],
 )

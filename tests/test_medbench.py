@@ -127,7 +127,7 @@ def test_two_models_pair_on_the_labelled_items(folder: Path, tmp_path: Path) -> 
     questions = [f"{SINGLE}第{k}题" for k in range(40)]
     (folder / "DDx-advanced.jsonl").write_text("".join(line(f"{SEVERAL}第{k}题", "A, C") for k in range(5)))
     (folder / "MedSafety.jsonl").write_text("".join(line(q, "<A>") for q in questions))
-    texts = "".join(line(f"{OPEN}第{k}例", REFERENCE) for k in range(6))
+    texts = "".join(line(f"{OPEN}第{k}例", REFERENCE) for k in range(12))
     (folder / "CMB-Clin-extended" / "test.jsonl").write_text(texts)
     files = read_folder(folder)
     with LoopbackChat(answer) as one, LoopbackChat(lambda q: "B" if "单选" in q else "疝") as two:

@@ -15,7 +15,7 @@ from packager.nano.rubric_judge import MODEL, RubricJudge
 from packager.nano.rubrics import rubric_rows, write_rubrics
 from packager.recipe import GatesSpec, Recipe, load_recipe
 from packager.release.rubrics import conclude_rubrics, rubric_inputs, rubric_measurement, rubric_trouble
-from packager.release.variants import Served
+from packager.release.served import Served
 from validation.endpoint import Sampling, Target
 from validation.errors import MeasurementError
 

@@ -122,7 +122,7 @@ def medaibench_panel(run: MedAIBenchRun, comparison: AccuracyComparison | None =
     absent = [d for d in DIMENSIONS if d not in {s.name for s in run.by_dimension}]
     tables: tuple[Table, ...] = (
         share_table("By dimension", "dimension", (overall, *run.by_dimension)),
-        *(verdict_panel((comparison,)).tables if comparison is not None else ()),
+        *(verdict_panel((comparison,)).tables[:1] if comparison is not None else ()),
     )
     return Panel(
         key="medaibench",

@@ -15,15 +15,23 @@ in the report beside the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Sequence
+from typing import Literal, get_args
 
 from validation.gates import Gate, at_least
 from validation.panel import Column, Panel, Table
-from validation.statistics import chance_to_pass, loss_p, normal_quantile, paired_score
+from validation.statistics import (
+    beyond_margin_p,
+    chance_to_pass,
+    holm,
+    loss_p,
+    normal_quantile,
+    paired_score,
+)
 from validation.tasks.comparison import AccuracyComparison, Paired
 
 Rule = Literal["non-inferior", "not inferior", "no loss shown"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def passes(rule: Rule, lost: int, gained: int, n: int, margin: float, confidence: float = 0.95) -> bool:
@@ -47,56 +55,57 @@ def rule_passes_with(
     )
 
 
-def verdict_gate(rule: Rule | None, paired: Paired, name: str) -> Gate:
-    """The gate of a rule on a paired comparison; without a rule the figure is reported only.
-
-    An inconclusive comparison says with how many items it would be decided.
-    """
-    said: str = paired.verdict
-    if paired.verdict == "inconclusive":
-        said += (
-            "; no number of items would decide at this difference"
-            if paired.n_to_decide is None
-            else f"; about {paired.n_to_decide:,} items would decide"
-        )
-    interval = f"interval {paired.low_points:+.1f} to {paired.high_points:+.1f} points; {said}"
-    if rule == "no loss shown":
-        p = loss_p(paired.only_reference, paired.only_candidate)
-        return at_least(f"{name}: no loss shown, p", p, (1 - paired.confidence) / 2, "", interval)
-    if rule == "not inferior":
-        figure, end = paired.high_points, "best that the interval allows"
-    else:
-        figure, end = paired.low_points, "worst that the interval allows"
-    bound = None if rule is None else -paired.margin_points
-    return at_least(f"{name}: {rule or 'verdict'}, {end}", figure, bound, "points", interval)
-
-
 def verdict_gates(
-    rule: Rule | None, comparisons: Sequence[AccuracyComparison], tasks: Sequence[str] = ()
+    rule: Rule | None, comparison: AccuracyComparison, tasks: Collection[str] = ()
 ) -> tuple[Gate, ...]:
-    """A gate for each comparison over all items, and for each of the named tasks of the last one.
+    """A gate over all items, and one for each of the named tasks.
+
+    Rules that fail on what is shown gate on p-values adjusted by Holm over these gates, so that all together
+    fail an unchanged model with at most 2.5 %. Ruling a loss out needs no adjustment: all must hold.
 
     Args:
-        rule: named beforehand; None: reported only.
-        comparisons: candidates against the reference; the last is what is served in the end.
+        rule: named beforehand; None: the intervals are reported, not gated.
+        comparison: of the candidate with the reference.
         tasks: those with a margin of their own.
     """
-    gates = [
-        verdict_gate(rule, each.overall, f"accuracy of {each.candidate} against {each.reference}")
-        for each in comparisons
-    ]
-    if comparisons:
-        last = comparisons[-1]
-        gates += [
-            verdict_gate(rule, row, f"accuracy of {last.candidate} on {row.scope}")
-            for row in last.by_task
-            if row.scope in tasks
-        ]
+    rows = [(f"accuracy of {comparison.candidate} against {comparison.reference}", comparison.overall)]
+    for row in comparison.by_task:
+        if row.scope in tasks:
+            rows.append((f"accuracy of {comparison.candidate} on {row.scope}", row))
+    if rule == "no loss shown":
+        p_values = holm([loss_p(row.only_reference, row.only_candidate) for _, row in rows])
+    else:
+        p_values = holm(
+            [beyond_margin_p(row.only_reference, row.only_candidate, row.n, row.margin) for _, row in rows]
+        )
+    gates = []
+    for (name, row), p in zip(rows, p_values, strict=True):
+        if rule is None or rule == "non-inferior":
+            bound = None if rule is None else -row.margin_points
+            gates.append(
+                at_least(f"{name}: {rule or 'low end'}", row.low_points, bound, "points", _said(row))
+            )
+        else:
+            gates.append(at_least(f"{name}: {rule}, p", p, (1 - row.confidence) / 2, "", _said(row)))
     return tuple(gates)
 
 
-def verdict_panel(comparisons: Sequence[AccuracyComparison], rule: Rule | None = None) -> Panel:
+def _said(row: Paired) -> str:
+    """Interval and verdict; an inconclusive one says with how many items it would be decided."""
+    said = f"interval {row.low_points:+.1f} to {row.high_points:+.1f} points; {row.verdict}"
+    if row.verdict != "inconclusive":
+        return said
+    if row.n_to_decide is None:
+        return f"{said}; no number of items would decide at this difference"
+    return f"{said}; about {row.n_to_decide:,} items would decide"
+
+
+def verdict_panel(comparisons: Sequence[AccuracyComparison], rules: Sequence[Rule | None] = ()) -> Panel:
     """Verdicts by task, what each could have shown, and how often the rules pass by chance.
+
+    Args:
+        comparisons: candidates against one reference.
+        rules: of each; None: reported only. Left out: none was named.
 
     Raises:
         ValueError: nothing was compared.
@@ -142,12 +151,13 @@ def verdict_panel(comparisons: Sequence[AccuracyComparison], rule: Rule | None =
         )
         for each in comparisons
     ]
-    last = comparisons[-1]
+    named = [(c, rule) for c, rule in zip(comparisons, rules, strict=False) if rule is not None]
+    ruled = "; ".join(f"{each.candidate}: {rule}" for each, rule in named)
     return Panel(
         key="verdicts",
         title="Verdicts",
-        summary="; ".join(_sentence(each) for each in comparisons) + ".",
-        tables=(*tables, _chances(last.overall)),
+        summary=" ".join(f"{_sentence(each)}." for each in comparisons),
+        tables=(*tables, _chances(named[0][0] if named else comparisons[0])),
         notes=(
             "p: exact McNemar test, two-sided. p, Holm: adjusted over the tasks of the table. Low and high: "
             "Tango's 95 % interval of the difference.",
@@ -155,7 +165,9 @@ def verdict_panel(comparisons: Sequence[AccuracyComparison], rule: Rule | None =
             "discordance observed. Items to decide: with which an inconclusive verdict would fall, if "
             "difference and discordance stayed as they are.",
             "A task is called inferior only where that survives Holm's adjustment over the tasks.",
-            f"The rule of this gate: {rule}." if rule else "No rule was named for these verdicts: reported.",
+            f"Rules named beforehand: {ruled}. Other verdicts are reported, not gated."
+            if ruled
+            else "No rule was named beforehand: these verdicts are reported, not gated.",
         ),
         subjects=tuple(
             dict.fromkeys(s for each in comparisons for s in (each.reference_subject, each.candidate_subject))
@@ -164,23 +176,30 @@ def verdict_panel(comparisons: Sequence[AccuracyComparison], rule: Rule | None =
 
 
 def _sentence(comparison: AccuracyComparison) -> str:
+    """The verdict in words that need no statistics."""
     row = comparison.overall
-    needed = f" (about {row.n_to_decide:,} items would decide)" if row.n_to_decide else ""
+    loss = f"a loss of more than {row.margin_points:g} points"
+    if row.verdict == "non-inferior":
+        found = f"is non-inferior to {comparison.reference}: {loss} is ruled out"
+    elif row.verdict == "inferior":
+        found = f"is inferior to {comparison.reference}: {loss} is shown"
+    else:
+        found = f"against {comparison.reference} is inconclusive: {loss} is neither ruled out nor shown"
+    interval = f"({row.difference_points:+.1f} points, {row.low_points:+.1f} to {row.high_points:+.1f})"
+    needed = f", about {row.n_to_decide:,} items would decide" if row.n_to_decide else ""
     worse = [t.scope for t in comparison.by_task if t.verdict == "inferior"]
-    tasks = f", inferior on {', '.join(worse)}" if worse else ""
-    return (
-        f"{comparison.candidate} is {row.verdict} at a margin of {row.margin_points:g} points{needed}{tasks}"
-    )
+    tasks = f"; inferior on {', '.join(worse)}" if worse else ""
+    return f"{comparison.candidate} {found} by {row.n:,} items {interval}{needed}{tasks}"
 
 
-def _chances(row: Paired) -> Table:
+def _chances(comparison: AccuracyComparison) -> Table:
     """How often each rule passes, at this run's items and discordance (at least one pair in n)."""
+    row = comparison.overall
     discordance = max(1, row.only_reference + row.only_candidate) / row.n
     losses = tuple(dict.fromkeys((0.0, 0.01, row.margin)))
-    rules: tuple[Rule, ...] = ("non-inferior", "not inferior", "no loss shown")
     return Table(
-        caption=f"Chance that a rule passes {row.n:,} items at {100 * discordance:.1f} % discordance, margin "
-        f"{row.margin_points:g} points",
+        caption=f"Chance that a rule alone passes, with {row.n:,} items at the {100 * discordance:.1f} % "
+        f"discordance of {comparison.candidate} and a margin of {row.margin_points:g} points",
         columns=(
             Column(name="Rule", kind="text"),
             *(
@@ -200,6 +219,6 @@ def _chances(row: Paired) -> Table:
                     for loss in losses
                 ),
             )
-            for rule in rules
+            for rule in RULES
         ),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packager.cli import options
+from packager.cli.validate_served import served_options, serving, where
 from packager.errors import BadInput
 
 if TYPE_CHECKING:
@@ -34,28 +35,13 @@ def server_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options that every measurement of a server has, handed over as one `Server`."""
 
     @functools.wraps(function)
-    def packed(
-        url: str,
-        model: str,
-        subject: str,
-        label: str,
-        cache: Path,
-        out: Path | None,
-        as_json: bool,
-        **own: Any,
-    ) -> None:
-        from validation.endpoint import Target
-
-        function(Server(Target(url, model, subject, label, cache), out, as_json), **own)
+    def packed(label: str, cache: Path, out: Path | None, as_json: bool, **own: Any) -> None:
+        chosen = {name: own.pop(name) for name in where()}
+        with serving(chosen, label=label, cache=cache) as target:
+            function(Server(target, out, as_json), **own)
 
     shared = [
-        click.option("--url", required=True, help="Base URL of the server, without /v1."),
-        click.option("--model", default="model", show_default=True, help="Name the server serves under."),
-        click.option(
-            "--subject",
-            required=True,
-            help="Digest of what is served (see `packager inspect`); binds the evidence.",
-        ),
+        *served_options(),
         click.option("--label", default="candidate", show_default=True, help="What tables call it."),
         click.option(
             "--cache",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,21 +22,25 @@ from packager.cli.measuring import (
     write_run,
 )
 from packager.cli.validate_benchmark import benchmark
+from packager.cli.validate_claims import claims
 from packager.cli.validate_healthbench import healthbench
 from packager.cli.validate_medbench import medaibench, medbench
+from packager.cli.validate_served import served_options
 from packager.cli.validate_structure import structure
+from packager.errors import GateFailed
 
 
 @click.group()
 def command() -> None:
-    """Measure a running OpenAI-compatible server and judge the figures, or check a checkpoint's structure.
+    """Measure a served model and judge the figures, or check a checkpoint's structure.
 
-    Start a server with `packager serve`. Answers are kept in the cache folder: a command that was killed goes
-    on where it stopped, and an item that was answered is never asked again for the same --subject.
+    With --serve a server is started for the measurement and stopped after it; with --url a running
+    OpenAI-compatible one is asked. Answers are kept in the cache folder: a command that was killed goes on
+    where it stopped, and an item that was answered is never asked again for the same --subject.
     """
 
 
-for _verb in (benchmark, healthbench, medaibench, medbench, structure):
+for _verb in (benchmark, claims, healthbench, medaibench, medbench, structure):
     command.add_command(_verb)
 
 
@@ -49,6 +55,10 @@ def _levels(_context: click.Context, _option: click.Parameter, value: str) -> li
             f"--concurrency takes numbers of 1 or more, such as 1,8; got {value!r}"
         ) from None
     return levels
+
+
+def _reference_options(function: Callable[..., None]) -> Callable[..., None]:
+    return functools.reduce(lambda f, option: option(f), reversed(served_options("reference-")), function)
 
 
 _items = click.option(
@@ -140,71 +150,66 @@ def accuracy(
 @command.command()
 @server_options
 @_items
-@click.option("--reference-url", required=True, help="Base URL of the server to compare with.")
-@click.option("--reference-model", default="model", show_default=True)
-@click.option("--reference-subject", required=True, help="Digest of what that server serves.")
+@_reference_options
 @click.option("--reference-label", default="reference", show_default=True)
 @click.option("--prompts", type=click.IntRange(min=1), default=100, show_default=True, help="First N items.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--top-logprobs",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Tokens listed at each position of the texts that both score; 0: texts are compared alone.",
+)
+@click.option("--max-mean-kl", type=float, help="Alarm above this mean KL divergence, nats a token.")
+@click.option("--max-p99-kl", type=float, help="Alarm above this 99th percentile of it.")
 def fidelity(
     server: Server,
     items_path: Path,
-    reference_url: str,
-    reference_model: str,
-    reference_subject: str,
     reference_label: str,
     prompts: int,
     concurrency: int,
     max_tokens: int,
+    top_logprobs: int,
+    max_mean_kl: float | None,
+    max_p99_kl: float | None,
+    **reference: Any,
 ) -> None:
-    """Greedy output of two servers, token for token, and whether each difference starts at a near tie.
+    """Two servers compared: greedy answers token for token, and what each thinks of every token of them.
 
-    The reference's answers are kept too: once they are in the cache, its server need not run any more.
+    The reference is asked first, and its server, if it is ours, stopped before the candidate's starts. Its
+    answers are kept: once they are in the cache, its server need not run any more. Exits 4 if an alarm of
+    the token distributions goes off.
     """
-    from validation.endpoint import Sampling
-    from validation.identity import collect_outputs, compare_outputs
+    from packager.cli.validate_fidelity import measure, show
+    from validation.fidelity import Bounds
     from validation.tasks import load_items
 
-    items = load_items(items_path)[:prompts]
-    sampling = Sampling(max_tokens=max_tokens)
-    reference = replace(
+    named = {"max_mean_kl_nats": max_mean_kl, "max_p99_kl_nats": max_p99_kl}
+    found = measure(
         server.target,
-        url=reference_url,
-        model=reference_model,
-        subject=reference_subject,
+        load_items(items_path)[:prompts],
+        reference,
         label=reference_label,
+        concurrency=concurrency,
+        max_tokens=max_tokens,
+        top=top_logprobs,
+        bounds=Bounds(**{name: bound for name, bound in named.items() if bound is not None}),
+        progress=print_progress,
+        cache=server.target.cache,
     )
-    result = compare_outputs(
-        *(
-            collect_outputs(
-                target, items, concurrency=concurrency, sampling=sampling, progress=print_progress
-            )
-            for target in (reference, server.target)
-        )
-    )
-    write_run(result, server.out)
+    write_run(found.fidelity or found.identity, server.out)
     if server.as_json:
-        emit(identity=result)
-        return
-    click.echo(f"{result.identical} of {result.n} greedy answers are identical")
-    if result.differences:
-        print_table(
-            ["prompt", "parts at token", "gap, nats", "near tie"],
-            [
-                [
-                    d.id,
-                    d.position,
-                    "–" if d.gap_nats is None else f"{d.gap_nats:.3f}",
-                    "yes" if d.near_tie else "no",
-                ]
-                for d in result.differences
-            ],
-        )
-    if result.noise is not None:
-        click.echo(
-            f"log-probabilities of the same token differ by {result.noise.median:.2g} nats in the median, "
-            f"{result.noise.p99:.2g} at the 99th percentile ({result.noise.tokens} tokens)"
+        emit(identity=found.identity, fidelity=found.fidelity)
+    else:
+        show(found, print_table, click.echo)
+    if found.fidelity is not None and found.fidelity.raised:
+        names = "; ".join(gate.name for gate in found.fidelity.raised)
+        raise GateFailed(
+            f"{found.fidelity.candidate} is further from {found.fidelity.reference} than the bounds allow: "
+            f"{names}",
+            "See the figures above; `packager verify --against` tells damage from rounding.",
         )
 
 

@@ -160,7 +160,7 @@ def conclude(comparison: AccuracyComparison | None, *, as_json: bool) -> None:
 
     if comparison is None:
         return
-    found = validate_verdict.Found(comparison, None, verdict_gates("not inferior", [comparison]))
+    found = validate_verdict.Found(comparison, None, verdict_gates("not inferior", comparison))
     if not as_json:
         validate_verdict.show(found)
     validate_verdict.require(found)

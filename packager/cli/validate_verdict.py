@@ -137,7 +137,7 @@ def conclude(asked: Asked, before: AccuracyRun, run: AccuracyRun, noise: NoiseFl
     margin = asked.margin_points
     comparison = compare_accuracy(before, run, margin_points=margin, task_margins=asked.task_margins)
     safety = check_safety(before, run, margin_points=margin, tasks=asked.safety_tasks, noise=noise)
-    gates = verdict_gates(asked.rule, [comparison], tuple(asked.task_margins))
+    gates = verdict_gates(asked.rule, comparison, asked.task_margins)
     return Found(comparison, safety, (*gates, safety_gate(safety, asked.max_safety_flips, run.label)))
 
 
@@ -161,13 +161,11 @@ def require(found: Found) -> None:
 
 def show(found: Found) -> None:
     """Print the comparison in 80 columns, then the verdicts that more items would decide, then safety."""
-    compared = found.comparison
-    click.echo(
-        f"\n{compared.candidate} against {compared.reference}, margin {compared.overall.margin_points:g}"
-    )
+    compared, margin = found.comparison, found.comparison.overall.margin_points
+    click.echo(f"\n{compared.candidate} against {compared.reference}, margin {margin:g} points")
     rows = (compared.overall, *compared.by_task)
     _print_rows(rows)
-    click.echo("p: exact McNemar, of the tasks after Holm. finds: the loss, in points, that so many")
+    click.echo("p: exact McNemar, of tasks after Holm. finds: the loss, in points, that so many")
     click.echo("items find with 80 % power (one-sided 5 % test) at the discordance observed.")
     for row in rows:
         if row.verdict == "inconclusive":

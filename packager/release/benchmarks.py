@@ -90,16 +90,13 @@ class Benchmarks:
 
     def gates(self, spec: GatesSpec) -> tuple[Gate, ...]:
         """The recipe's rule on each entry's items."""
-        from validation.verdict import verdict_gate
+        from validation.verdict import verdict_gates
 
         return tuple(
-            verdict_gate(
-                spec.accuracy_verdict,
-                comparison.overall,
-                f"{', '.join(run.names)} ({run.style}) of {run.label} against {comparison.reference}",
-            )
+            gate.model_copy(update={"name": f"{', '.join(run.names)} ({run.style}): {gate.name}"})
             for run, comparison in self.runs
             if comparison is not None
+            for gate in verdict_gates(spec.accuracy_verdict, comparison)
         )
 
     def panels(self) -> tuple[Panel, ...]:

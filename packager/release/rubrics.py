@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from packager.artifact import file_sha256
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, HealthBenchSpec, Recipe
-from packager.release.variants import Served
+from packager.release.served import Served
 
 if TYPE_CHECKING:
     from validation.endpoint import Sampling

@@ -51,17 +51,13 @@ class Verdicts:
     matrix: Matrix
 
     def gates(self, spec: GatesSpec) -> tuple[Gate, ...]:
-        """The verdict on the quantized weights, on all that is served, on tasks with a margin; safety."""
+        """The verdict on the quantized weights, over all and by task; on all that is served; on safety."""
         from validation.safety import safety_gate
         from validation.verdict import verdict_gates
 
-        judged = dict.fromkeys((self.comparisons[0].candidate, self.comparisons[-1].candidate))
         return (
-            *verdict_gates(
-                spec.accuracy_verdict,
-                [c for c in self.comparisons if c.candidate in judged],
-                tuple(spec.task_margins),
-            ),
+            *verdict_gates(spec.accuracy_verdict, self.comparisons[0], spec.task_margins),
+            *verdict_gates(spec.served_verdict, self.comparisons[-1]),
             safety_gate(
                 self.safety[-1] if self.safety else None,
                 spec.max_safety_flips,
@@ -77,7 +73,7 @@ class Verdicts:
         from validation.verdict import verdict_panel
 
         return (
-            verdict_panel(self.comparisons, spec.accuracy_verdict),
+            verdict_panel(self.comparisons, rules=(spec.accuracy_verdict, None, spec.served_verdict)),
             matrix_panel(self.matrix),
             *((noise_panel(self.noise, self.comparisons),) if self.noise else ()),
             *((safety_panel(self.safety),) if self.safety else ()),

@@ -26,7 +26,7 @@ def medbench_panel(run: MedBenchRun, comparison: MedBenchComparison | None = Non
     ]
     if comparison is not None:
         if comparison.choices is not None:
-            tables += verdict_panel((comparison.choices,)).tables
+            tables.append(verdict_panel((comparison.choices,)).tables[0])
         if comparison.open is not None:
             tables.append(score_table(comparison.open))
     return Panel(

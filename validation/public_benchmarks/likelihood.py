@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from validation.answers import AnswerFile
 from validation.document import Document, digest_of
@@ -28,6 +28,16 @@ class PromptTokens(Document):
     seconds: float
 
 
+class Likelihood(NamedTuple):
+    """Of one continuation after its context."""
+
+    nats: float
+    greedy: bool
+    """Whether greedy decoding gives the continuation."""
+    seconds: float
+    """Of the request."""
+
+
 def continuation_scores(
     target: Target,
     pairs: Sequence[tuple[str, str]],
@@ -36,8 +46,8 @@ def continuation_scores(
     concurrency: int = 8,
     timeout_s: float = 120.0,
     progress: Progress | None = None,
-) -> list[tuple[float, bool]]:
-    """Log-likelihood (nats) of each continuation after its context, and whether greedy decoding gives it.
+) -> list[Likelihood]:
+    """The likelihood of each continuation after its context.
 
     Args:
         pairs: (context, continuation); neither is empty.
@@ -64,9 +74,10 @@ def continuation_scores(
     ]
     scored = endpoint.collect(jobs, answers, progress=progress)
     return [
-        (
+        Likelihood(
             math.fsum(found.logprobs),
             all(own >= best for own, best in zip(found.logprobs, found.best, strict=True)),
+            found.seconds,
         )
         for found in scored
     ]

@@ -51,12 +51,13 @@ class EndpointLM(LM):  # type: ignore[misc]
         self._target, self._chat, self._max_tokens = target, chat, max_tokens
         self._concurrency, self._timeout_s, self._progress = concurrency, timeout_s, progress
         self.seconds = 0.0
-        self.truncated: set[str] = set()
-        """Prompts whose answer was cut off at the token limit."""
+        """Sum of the requests' own times."""
+        self.generated: dict[str, Generated] = {}
+        """By prompt: what was generated, thoughts included."""
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy) of each (context, continuation)."""
-        return continuation_scores(
+        found = continuation_scores(
             self._target,
             [request.args for request in requests],
             names=[_name(request) for request in requests],
@@ -64,6 +65,8 @@ class EndpointLM(LM):  # type: ignore[misc]
             timeout_s=self._timeout_s,
             progress=self._progress,
         )
+        self.seconds += sum(each.seconds for each in found)
+        return [(each.nats, each.greedy) for each in found]
 
     def loglikelihood_rolling(self, _requests: Sequence[Any]) -> list[float]:
         """Not offered: it conditions on a token that a server's interface does not let a client choose."""
@@ -89,8 +92,7 @@ class EndpointLM(LM):  # type: ignore[misc]
                 context, options = requests[at].args[:2]
                 texts[at] = _cut(generated.text, _stops(options))
                 self.seconds += generated.seconds
-                if generated.finish_reason == "length":
-                    self.truncated.add(context)
+                self.generated[context] = generated
         return texts
 
     def apply_chat_template(

@@ -7,12 +7,13 @@ decoding is where quantization drifts, and the likelihood of one letter does not
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from validation.document import Document, digest_of
 from validation.endpoint import Message, Progress, Sampling, Target
@@ -20,6 +21,9 @@ from validation.errors import MeasurementError
 from validation.public_benchmarks.load import TaskData, data_of, load_tasks
 from validation.tasks import AccuracyComparison, AccuracyRun, Item, ItemResult, accuracy_of, compare_accuracy
 from validation.tasks.accuracy import measure_accuracy
+
+if TYPE_CHECKING:
+    from validation.public_benchmarks.model import Generated
 
 Style = Literal["likelihood", "reasoning"]
 _RIGHT_OR_WRONG = ("acc", "exact_match", "prompt_level_strict_acc", "pass@1", "pass_at_1")
@@ -127,7 +131,12 @@ def compare_benchmarks(
     Raises:
         MeasurementError: the runs differ in data, style or sampling, or no item is right or wrong.
     """
-    if (reference.style, reference.data) != (candidate.style, candidate.data):
+    # Not the library's fingerprints: the same rows have others in another folder.
+    asked = [
+        (run.style, run.chat, [(d.task, d.items_digest, d.fewshot, d.settings) for d in run.data])
+        for run in (reference, candidate)
+    ]
+    if asked[0] != asked[1]:
         raise MeasurementError(f"{reference.label} and {candidate.label} ran different tasks or data")
     if reference.items is None or candidate.items is None:
         raise MeasurementError(
@@ -183,7 +192,7 @@ def _evaluate(
         records.append(data_of(tasks[name], len(own), digest))
         metric = _binary_metric(own)
         if metric is not None:
-            results += [_result(name, tasks[name], s, metric, model.truncated) for s in own]
+            results += [_result(name, tasks[name], s, metric, model.generated) for s in own]
     if not results:
         return records, None, scores
     sampling = Sampling(max_tokens=max_tokens or 256, top_logprobs=None)
@@ -221,9 +230,12 @@ def _binary_metric(samples: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def _result(name: str, task: Any, sample: Mapping[str, Any], metric: str, truncated: set[str]) -> ItemResult:
-    context = sample["arguments"][0][0]
-    question = str(context)
+def _result(
+    name: str, task: Any, sample: Mapping[str, Any], metric: str, said: Mapping[str, Generated]
+) -> ItemResult:
+    prompt = str(sample["arguments"][0][0])
+    generated = said.get(prompt)
+    question = _last_turn(prompt) if task.OUTPUT_TYPE == "generate_until" else prompt
     expected, extracted = str(sample["target"]), None
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = [str(c) for c in task.doc_to_choice(sample["doc"])]
@@ -234,7 +246,7 @@ def _result(name: str, task: Any, sample: Mapping[str, Any], metric: str, trunca
         pairs = zip(choices, likelihoods, strict=False)
         text = "\n".join(f"{choice}: {likelihood:.4f} nats" for choice, likelihood in pairs)
     elif task.OUTPUT_TYPE == "generate_until":
-        text = str(sample["resps"][0][0])
+        text = generated.text if generated is not None else str(sample["resps"][0][0])
         filtered = sample["filtered_resps"][0]
         extracted = str(filtered[0] if isinstance(filtered, list) and filtered else filtered)
     else:
@@ -248,10 +260,18 @@ def _result(name: str, task: Any, sample: Mapping[str, Any], metric: str, trunca
         extracted=extracted,
         correct=float(sample[metric]) == 1.0,
         text=text,
-        finish_reason="length" if context in truncated else "stop",
+        finish_reason=generated.finish_reason if generated is not None else "stop",
         prompt_tokens=0,
-        completion_tokens=0,
+        completion_tokens=generated.completion_tokens if generated is not None else 0,
     )
+
+
+def _last_turn(prompt: str) -> str:
+    """The question proper: the last turn of a conversation (see `EndpointLM`), a plain prompt as it is."""
+    try:
+        return str(json.loads(prompt)["messages"][-1]["content"])
+    except (ValueError, KeyError, TypeError):
+        return prompt
 
 
 def _reason(

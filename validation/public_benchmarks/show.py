@@ -25,7 +25,7 @@ def benchmarks_panel(
         tables.append(share_table("By task", "task", (overall, *run.items.by_task)))
     if comparison is not None:
         summary += f" Against {comparison.reference}: {comparison.overall.verdict}."
-        tables += verdict_panel((comparison,)).tables
+        tables.append(verdict_panel((comparison,)).tables[0])
     if run.scores:
         tables.append(
             Table(

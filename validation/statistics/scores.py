@@ -49,9 +49,10 @@ def paired_means(
 
     The bootstrap is studentised and symmetric (Hall 1988, JRSS B 50:35-45): plain percentiles are too narrow
     with few conversations, and so are one-sided studentised ends where few of them move; `make bench-verdict`
-    prints the coverage. Where no cluster differs at all, a bootstrap would claim an interval of no width; the
-    interval is then that of a share of clusters of which none differed, each by at most `span`. No interval
-    knows of large losses so rare that the sample holds none.
+    prints the coverage. Where all clusters differ by the same, or not at all, a bootstrap would claim an
+    interval of no width; as far as a share of clusters of which none was seen can reach, each off by `span`,
+    is then added on both sides, and p is that of a sign test. No interval knows of large losses so rare that
+    the sample holds none.
 
     Args:
         reference, candidate: a score per item, items in the same order.
@@ -83,24 +84,25 @@ def paired_means(
     np.add.at(sizes, at, 1.0)
     mean = float(sums.sum() / sizes.sum())
     error = float(_error(sums, sizes))
-    if not np.any(values):
+    moved = int((np.bincount(at, weights=values != 0, minlength=groups) > 0).sum())
+    if error <= 1e-12 * span:
         half = span * wilson(0, groups, confidence).high
-        none = Interval(-half, half)
-        return MeanDifference(len(values), groups, 0, 0.0, none, none, 1.0, 0.0)
+        alike = Interval(max(-span, mean - half), min(span, mean + half))
+        p_value = 1.0 if abs(mean) <= 1e-12 * span else 2.0 * 0.5**groups  # a sign test
+        return MeanDifference(len(values), groups, moved, mean, alike, alike, p_value, 0.0)
     generator = np.random.default_rng(seed)
     low, high = (
         float(end) for end in bootstrap_t(sums, sizes, confidence, generator, resamples=resamples, span=span)
     )
     half = float(student.ppf(0.5 + confidence / 2, groups - 1)) * error
-    p_value = 0.0 if error == 0 else float(2 * student.sf(abs(mean / error), groups - 1))
     return MeanDifference(
         items=len(values),
         clusters=groups,
-        moved=int((np.bincount(at, weights=values != 0, minlength=groups) > 0).sum()),
+        moved=moved,
         difference=mean,
         interval=Interval(low, high),
         t_interval=Interval(mean - half, mean + half),
-        p_value=p_value,
+        p_value=float(2 * student.sf(abs(mean / error), groups - 1)),
         standard_error=error,
     )
 
@@ -150,7 +152,9 @@ def bootstrap_t(
             ratio = np.abs(off) / np.where(flat, 0.0, spread)
         ratios.append(np.where(flat & (np.abs(off) <= 1e-9 * span), 0.0, ratio))
     # An order statistic, not interpolated: an infinite neighbour must not make a finite one undefined.
-    reach = np.quantile(np.concatenate(ratios), confidence, axis=0, method="inverted_cdf") * error
+    reach = np.quantile(np.concatenate(ratios), confidence, axis=0, method="inverted_cdf")
+    with np.errstate(invalid="ignore"):
+        reach = np.where(error == 0, 0.0, reach * error)
     return np.clip(mean - reach, -span, span), np.clip(mean + reach, -span, span)
 
 

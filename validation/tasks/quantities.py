@@ -79,7 +79,7 @@ def parse_quantity(text: str) -> Quantity | None:
     """
     # Superscripts first: NFKC would make 10⁹ the number 109.
     text = unicodedata.normalize("NFKC", text.translate(_SUPERSCRIPTS)).replace("μ", "u").replace("µ", "u")
-    text = "".join(text.split()).replace("−", "-")
+    text = "".join(text.split()).strip("*_`$").replace("−", "-")
     found = _NUMBER.match(text)
     if found is None:
         return None

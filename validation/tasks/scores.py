@@ -1,4 +1,4 @@
-"""Two models by real-valued scores of the same items, such as rubric points: difference, interval, verdict."""
+"""Two models by real-valued scores of the same items, such as rubric points: difference and verdict."""
 
 from __future__ import annotations
 
@@ -152,7 +152,10 @@ def compare_scores(
 
 def score_table(comparison: ScoreComparison) -> Table:
     """The comparison as a table of a panel."""
-    points = {"unit": "points", "digits": 2}
+
+    def points(name: str) -> Column:
+        return Column(name=name, unit="points", digits=2)
+
     return Table(
         caption=f"{comparison.candidate} against {comparison.reference}",
         columns=(
@@ -160,10 +163,10 @@ def score_table(comparison: ScoreComparison) -> Table:
             Column(name="Items", digits=0),
             Column(name="Conversations", digits=0),
             Column(name="That differ", digits=0),
-            *(Column(name=name, **points) for name in (comparison.reference, comparison.candidate)),
-            *(Column(name=name, **points) for name in ("Difference", "Low", "High", "Margin")),
+            *(points(name) for name in (comparison.reference, comparison.candidate)),
+            *(points(name) for name in ("Difference", "Low", "High", "Margin")),
             Column(name="p, Holm", digits=4),
-            Column(name="Detectable loss", **points),
+            points("Detectable loss"),
             Column(name="Verdict", kind="text"),
             Column(name="Conversations to decide", digits=0),
         ),

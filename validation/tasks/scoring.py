@@ -120,11 +120,12 @@ def _within(said: str, expected: str, scoring: Scoring) -> bool:
 def parse_choice(text: str) -> str | None:
     """The letters that `text` chooses, sorted, as `B` or `A, C`; None if it is anything else.
 
-    Reads `B`, `(b)`, `B. aspirin`, `**B**`, `<A, C>`, `ACD`, `A和C`, `\\boxed{D}` and full-width forms.
+    Reads `B`, `(b)`, `B. aspirin`, `**B**`, `<A, C>`, `ACD`, `A和C`, `选B`, `\\boxed{D}` and full-width forms.
     """
     text = unicodedata.normalize("NFKC", text).strip()
     boxed = re.fullmatch(r"\$*\\boxed\{(.*)\}\$*\.?", text)
     text = (boxed[1] if boxed else text).strip("*_`#<>()[]{}【】《》\"' \t\n.。:")
+    text = re.sub(r"^(?:option|choice|选项?)\s*|\s*选?项$", "", text, flags=re.IGNORECASE)
     text = text.upper() if len(text) == 1 else text
     single = _LETTER_AND_TEXT.fullmatch(text)
     if single:
