@@ -2,8 +2,9 @@
 
 Five servers, one after another, because two on one machine spoil each other's speed:
 
-    BF16 source                     accuracy, twice: what flips without any change is the noise floor
-    quantized                       accuracy; long records with the position limit lifted but no YaRN
+    BF16 source                     accuracy, twice: what flips anyway is the noise floor; benchmarks, rubrics
+    quantized                       accuracy, benchmarks, rubrics; long records, the position limit lifted but
+                                    no YaRN
     quantized + YaRN                accuracy, greedy texts, long records, speed without the draft
     quantized + YaRN + draft        accuracy, greedy texts, acceptance, speed with the draft
     dense baseline                  speed at the same answer lengths
@@ -24,9 +25,12 @@ from packager.artifact import ArtifactWriter, Manifest, read_manifest
 from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
+from packager.release.benchmarks import Benchmarks, check_benchmarks, measure_benchmarks
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
-from packager.release.variants import Served, Variants
+from packager.release.rubrics import RubricEvidence, conclude_rubrics, rubric_measurement
+from packager.release.served import Served
+from packager.release.variants import Variants
 from packager.release.verdicts import Verdicts, check_tasks, conclude, margin_points
 from packager.release.workspace import Workspace
 
@@ -69,6 +73,8 @@ class Measured:
     without_draft: ThroughputRun
     with_draft: ThroughputRun
     dense: ThroughputRun | None
+    benchmarks: Benchmarks
+    rubrics: RubricEvidence
 
 
 def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
@@ -180,6 +186,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     trained = BailingConfig.load(variants.source).max_position_embeddings
     asked = questions(recipe, variants.source, trained)
     check_tasks(recipe.gates, asked.items)
+    check_benchmarks(spec.benchmarks)
     cache = workspace.work / "measurements"
     sampling = Sampling(max_tokens=spec.max_output_tokens, seed=spec.seed)
     long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
@@ -197,7 +204,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             served.target(cache, label), asked.long, trained_length=trained, sampling=long_sampling
         )
 
-    with BenchClient() as bench:
+    with BenchClient() as bench, rubric_measurement(recipe, cache, sampling, say) as rubrics:
 
         def throughput(served: Served, match: ThroughputRun | None = None) -> ThroughputRun:
             run = measure_throughput(
@@ -216,6 +223,9 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
 
         with variants.bf16() as served:
             bf16 = accuracy(served)
+            before = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            if rubrics is not None:
+                rubrics.measure(served)
             noise = None
             if spec.noise_floor:
                 margin = margin_points(recipe.gates)
@@ -223,6 +233,9 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
                 say(f"  {served.label} again: {noise.flips} of {bf16.overall.n} flip without any change")
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
+            after = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            if rubrics is not None:
+                rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
@@ -250,6 +263,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         without_draft=without_draft,
         with_draft=with_draft,
         dense=dense,
+        benchmarks=Benchmarks.compare(spec.benchmarks, before, after, margin_points(recipe.gates)),
+        rubrics=conclude_rubrics(recipe.gates, rubrics),
     )
 
 
@@ -277,6 +292,8 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
             f"interval of the difference {fp8.low_points:+.1f} to {fp8.high_points:+.1f}; {fp8.verdict}",
         ),
         *found.verdicts.gates(spec),
+        *found.benchmarks.gates(spec),
+        *found.rubrics.gates(spec),
         at_least(
             "greedy outputs identical with and without the draft",
             identity.identical_fraction if identity else None,
@@ -357,7 +374,12 @@ def collect_evidence(
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
-            panels=(*found.verdicts.panels(recipe.gates), *panels),
+            panels=(
+                *found.verdicts.panels(recipe.gates),
+                *found.benchmarks.panels(),
+                *found.rubrics.panels(),
+                *panels,
+            ),
             stages=tuple(
                 StageFigures(
                     stage=stage.name,

@@ -13,6 +13,7 @@ from packager.recipe import Recipe
 from packager.release.answer import FirstAnswer, ask_downloaded
 from packager.release.evidence import collect_evidence, first_question
 from packager.release.pipeline import Pipeline, Say, Stage, StageResult, sections_of
+from packager.release.rubrics import rubric_inputs
 from packager.release.variants import Variants
 from packager.release.workspace import SourceIdentity, Workspace, locate
 
@@ -168,6 +169,7 @@ class _Release:
         )
         measured = {"source": fp8.inputs["source"], "fp8": fp8.digest, "context": context.digest}
         measured |= {"draft": draft.digest, **_file_input("items", recipe.validate_.items_file)}
+        measured |= rubric_inputs(recipe)
         for at, file in enumerate(recipe.validate_.draft_evaluations):
             measured |= _file_input(f"draft-evaluation-{at}", file)
         evidence = run(
