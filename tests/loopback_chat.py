@@ -18,18 +18,24 @@ class LoopbackChat:
     """Context manager. `answer` maps the last message to text, or to a list of tokens.
 
     `faults` is consulted for each request with (message, how often it was asked before) and may return an
-    HTTP status (int), "disconnect", "rubbish", or seconds to wait (float); None means no fault.
+    HTTP status (int), "disconnect", "rubbish", "drip" (an answer that never ends), seconds to wait (float),
+    or ("wait", seconds): 429 with that Retry-After; None means no fault.
+
+    `score` gives, for the words of a text, what is listed at each: word to log-probability, the word itself
+    among them. The text of a conversation is all that was said in it.
     """
 
     def __init__(
         self,
         answer: Callable[[str], str | list[Token]],
-        faults: Callable[[str, int], int | float | str | None] = lambda *_: None,
+        faults: Callable[[str, int], int | float | str | tuple[str, object] | None] = lambda *_: None,
         *,
         model: str = "model",
         max_characters: int | None = None,
+        score: Callable[[list[str]], list[dict[str, float]]] | None = None,
     ) -> None:
         self.answer, self.faults, self.model, self.max_characters = answer, faults, model, max_characters
+        self.score = score
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.busy = self.most_busy = 0
@@ -57,9 +63,11 @@ class LoopbackChat:
                     with owner._lock:
                         owner.busy -= 1
 
-            def _send(self, status: int, value: Any) -> None:
+            def _send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
+                for name, header in (headers or {}).items():
+                    self.send_header(name, header)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -81,7 +89,7 @@ class LoopbackChat:
         self._server.server_close()
 
     def _serve(self, handler: Any, body: dict[str, Any]) -> None:
-        message = body["messages"][-1]["content"]
+        message = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         with self._lock:
             before = self.asked[message]
             self.asked[message] += 1
@@ -96,6 +104,16 @@ class LoopbackChat:
             handler.close_connection = True
             handler.connection.close()
             return
+        elif isinstance(fault, tuple):
+            handler._send(429, {"error": {"message": "later"}}, {"Retry-After": str(fault[1])})
+            return
+        elif fault == "drip":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000000")
+            handler.end_headers()
+            while True:  # until the client hangs up
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
         elif fault == "rubbish":
             handler._send(200, b"<html>not json</html>")
             return
@@ -104,6 +122,10 @@ class LoopbackChat:
             return
         if self.max_characters is not None and len(message) > self.max_characters:
             handler._send(400, {"error": {"message": "longer than the model's maximum context length"}})
+            return
+        if self.score is not None and ("prompt_logprobs" in body or body.get("echo")):
+            turns = [m["content"] for m in body.get("messages", ())] or [body["prompt"]]
+            handler._send(200, self._scored(" ".join(turns).split(), body))
             return
         said = self.answer(message)
         tokens = [(w, -0.01, [(w, -0.01)]) for w in said.split(" ")] if isinstance(said, str) else said
@@ -119,8 +141,32 @@ class LoopbackChat:
                     for t, p, top in tokens
                 ]
             }
-        usage = {"prompt_tokens": len(message), "completion_tokens": len(tokens)}
+        usage = {
+            "prompt_tokens": len(" ".join(m["content"] for m in body["messages"]).split()),
+            "completion_tokens": len(tokens),
+        }
         handler._send(200, {"choices": [choice], "usage": usage})
+
+    def _scored(self, words: list[str], body: dict[str, Any]) -> dict[str, Any]:
+        """As vLLM 0.32 lays it out: in chat completions at the top, in completions in the choice."""
+        assert self.score is not None
+        listed = self.score(words)
+        if body.get("echo"):
+            logprobs = {
+                "tokens": [f"token_id:{w}" for w in words],
+                "token_logprobs": [None, *(at[w] for w, at in zip(words[1:], listed[1:], strict=True))],
+                "top_logprobs": [None, *({f"token_id:{w}": p for w, p in at.items()} for at in listed[1:])],
+            }
+            return {"choices": [{"text": "", "logprobs": logprobs, "finish_reason": "length"}]}
+        entries = [
+            None,
+            *({w: {"logprob": p, "rank": 1, "decoded_token": w} for w, p in at.items()} for at in listed[1:]),
+        ]
+        found = {"prompt_logprobs": entries, "prompt_token_ids": words}
+        choice = {"text": "", "finish_reason": "length"}
+        if "messages" in body:
+            return {**found, "choices": [{**choice, "message": {"role": "assistant", "content": ""}}]}
+        return {"choices": [choice | found]}
 
     def _stream(self, handler: Any, tokens: list[Token]) -> None:
         handler.send_response(200)

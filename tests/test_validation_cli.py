@@ -69,6 +69,7 @@ def test_fidelity_names_where_outputs_part(items: Path, capsys: pytest.CaptureFi
         LoopbackChat(lambda m: "Answer: no" if m.endswith(" 3") else "Answer: yes") as two,
     ):
         reference = ("--reference-url", one.url, "--reference-subject", "a", "--prompts", "10", "--json")
+        reference += ("--top-logprobs", "0")
         assert run(arguments("fidelity", two.url, items, "b", *reference)) == 0
     identity = json.loads(capsys.readouterr().out)["identity"]
     assert (identity["identical"], identity["n"]) == (9, 10)

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import multiprocessing
 import os
-import signal
+import resource
+import subprocess
+import sys
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loopback_chat import LoopbackChat
 
-from validation.endpoint import AnswerFile, Completion, Endpoint, Message, Request, Sampling
-from validation.errors import MeasurementError, ServerUnreachable
+from validation.answers import AnswerFile
+from validation.connections import retry_after
+from validation.endpoint import Completion, Endpoint, Message, Request, Sampling
+from validation.errors import AnswersNotKept, MeasurementError, ServerUnreachable
 
 
 def questions(count: int) -> list[Request]:
     return [
         Request(id=f"q{k}", messages=(Message(role="user", content=f"question {k}"),)) for k in range(count)
     ]
+
+
+def _question(name: str) -> str:
+    return f"question {name.removeprefix('q')}"
+
+
+MANY = 10_000
+WHERE: dict[str, Any] = {"sampling": Sampling(top_logprobs=None), "subject": "s"}
 
 
 def endpoint(url: str, **options: float) -> Endpoint:
@@ -130,7 +145,7 @@ def test_an_unknown_model_is_named_with_those_served(tmp_path: Path) -> None:
 
 
 def test_nobody_listening_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ServerUnreachable, match="ConnectError"):
+    with pytest.raises(ServerUnreachable, match="cannot connect"):
         endpoint("http://127.0.0.1:9", attempts=2).complete(
             questions(1), Sampling(), subject="s", cache=tmp_path
         )
@@ -160,40 +175,134 @@ def test_a_damaged_line_in_the_middle_is_an_error_not_a_silent_loss(tmp_path: Pa
 
 
 def test_two_measurements_cannot_write_one_answer_file(tmp_path: Path) -> None:
-    settings = {"subject": "s", "model": "model", "sampling": Sampling()}
-    with (
-        AnswerFile(tmp_path, **settings),  # type: ignore[arg-type]
-        pytest.raises(MeasurementError, match="in use"),
-        AnswerFile(tmp_path, **settings),  # type: ignore[arg-type]
-    ):
+    def file() -> AnswerFile[Completion]:
+        return AnswerFile(tmp_path, settings={"subject": "s"}, kind=Completion)
+
+    with file(), pytest.raises(MeasurementError, match="in use"), file():
         pass
 
 
-def _run_until_killed(url: str, cache: str) -> None:
-    Endpoint(url, "model", concurrency=2).complete(questions(40), Sampling(), subject="s", cache=Path(cache))
+_CLIENT = """
+import sys
+from pathlib import Path
+from validation.endpoint import Endpoint, Message, Request, Sampling
+url, cache, many = sys.argv[1:]
+said = [Message(role="user", content=f"question {k}") for k in range(int(many))]
+requests = [Request(id=f"q{k}", messages=(one,)) for k, one in enumerate(said)]
+Endpoint(url, "model").complete(requests, Sampling(top_logprobs=None), subject="s", cache=Path(cache))
+"""
 
 
-@pytest.mark.slow
-def test_a_client_killed_in_the_middle_loses_no_answer_and_asks_none_twice(tmp_path: Path) -> None:
-    with LoopbackChat(lambda m: "ok " + m, lambda *_: 0.03) as server:
-        process = multiprocessing.get_context("spawn").Process(
-            target=_run_until_killed, args=(server.url, str(tmp_path))
+def test_of_ten_thousand_items_none_is_lost_or_asked_twice_when_client_and_server_are_killed(
+    tmp_path: Path,
+) -> None:
+    dead = False
+    with LoopbackChat(lambda m: "re " + m, lambda *_: "disconnect" if dead else None) as server:
+        # First the client is killed, then the server goes away in the middle, then all goes well.
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CLIENT, server.url, str(tmp_path), str(MANY)],
+            cwd=Path(__file__).parents[1],
         )
-        process.start()
-        while len(server.asked) < 12:
-            time.sleep(0.005)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        while len(server.asked) < MANY // 3 and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
         (path,) = tmp_path.iterdir()
-        kept = [json.loads(line)["completion"]["id"] for line in path.read_bytes().split(b"\n")[1:-1]]
-        assert 8 <= len(kept) < 40
-        first = dict(server.asked)
-        got = endpoint(server.url).complete(questions(40), Sampling(), subject="s", cache=tmp_path)
-        assert [c.text for c in got] == [f"ok question {k}" for k in range(40)]
-        for name in kept:
-            message = f"question {name.removeprefix('q')}"
-            assert server.asked[message] == first[message] == 1
+        kept = [path.read_bytes().count(b"\n") - 1]
+        assert MANY // 3 - 100 < kept[0] < MANY
+        asked = dict(server.asked)
+
+        def stop_serving(done: int, _: int) -> None:
+            nonlocal dead
+            dead = done >= 2 * MANY // 3
+
+        client = endpoint(server.url, attempts=2)
+        with pytest.raises(ServerUnreachable, match="in 2 attempts"):
+            client.complete(questions(MANY), **WHERE, cache=tmp_path, progress=stop_serving)
+        kept.append(path.read_bytes().count(b"\n") - 1)
+        dead = False
+        got = client.complete(questions(MANY), **WHERE, cache=tmp_path)
+    assert [c.text for c in got] == [f"re question {k}" for k in range(MANY)]
+    assert kept[0] < 2 * MANY // 3 <= kept[1] < MANY
+    lines = [json.loads(line)["answer"]["id"] for line in path.read_bytes().splitlines()[1:]]
+    assert len(lines) == len(set(lines)) == MANY
+    # Asked twice are only those that were on their way, eight at most, when one side went away.
+    assert len([name for name in lines[: kept[0]] if asked[_question(name)] != 1]) == 0
+    assert all(server.asked[_question(name)] == 1 for name in lines[: kept[0]])
+    assert sum(count > 1 for count in server.asked.values()) <= 16
+
+
+@pytest.mark.parametrize("error", ["File too large", "the disk is full"])
+def test_a_full_disk_keeps_the_answers_before_it_and_the_same_command_goes_on(
+    tmp_path: Path, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = os.write
+
+    def until_full(file: int, data: bytes) -> int:
+        try:
+            return real(file, data)
+        except OSError:
+            raise OSError(errno.ENOSPC, "no space") from None
+
+    if error == "the disk is full":  # the kernel's refusal is real, only its number is changed
+        monkeypatch.setattr(os, "write", until_full)
+    with LoopbackChat(lambda _: "ok") as server:
+        client = endpoint(server.url, concurrency=2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        try:
+            with pytest.raises(AnswersNotKept, match=error) as said:
+                client.complete(questions(40), Sampling(), subject="s", cache=tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        (path,) = tmp_path.iterdir()
+        kept = path.read_bytes().splitlines()[1:]
+        assert path.read_bytes().endswith(b"\n") and 4000 < path.stat().st_size <= 5000
+        assert f"{len(kept)} answers are kept" in said.value.message
+        before = dict(server.asked)
+        assert len(client.complete(questions(40), Sampling(), subject="s", cache=tmp_path)) == 40
+        for line in kept:
+            name = _question(json.loads(line)["answer"]["id"])
+            assert server.asked[name] == before[name] == 1
+
+
+def test_blanks_that_a_loss_of_power_left_are_dropped(tmp_path: Path) -> None:
+    with LoopbackChat(lambda _: "ok") as server:
+        client = endpoint(server.url, concurrency=1)
+        client.complete(questions(3), Sampling(), subject="s", cache=tmp_path)
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(path.read_bytes()[:-30] + bytes(4096))
+        got = client.complete(questions(3), Sampling(), subject="s", cache=tmp_path)
+        assert [c.text for c in got] == ["ok"] * 3
+        assert sorted(server.asked.values()) == [1, 1, 2]
+
+
+def test_a_server_that_asks_to_wait_is_left_alone_that_long(tmp_path: Path) -> None:
+    times: list[float] = []
+
+    def busy(message: str, before: int) -> tuple[str, object] | None:
+        times.append(time.monotonic())
+        return ("wait", 0.4) if message == "question 0" and before == 0 else None
+
+    with LoopbackChat(lambda _: "ok", busy) as server:
+        endpoint(server.url, concurrency=1).complete(questions(4), Sampling(), subject="s", cache=tmp_path)
+        assert sum(server.asked.values()) == 5
+    assert times[1] - times[0] >= 0.39
+
+
+@pytest.mark.parametrize(("header", "low", "high"), [("3", 3, 3), ("soon", None, None)])
+def test_retry_after_is_read(header: str, low: float | None, high: float | None) -> None:
+    assert retry_after(header) == low == high
+    later = retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=60)))
+    assert later is not None and 58 < later <= 60
+
+
+def test_an_answer_that_never_ends_runs_out_of_time(tmp_path: Path) -> None:
+    with LoopbackChat(lambda _: "ok", lambda _, before: "drip" if before == 0 else None) as server:
+        client = endpoint(server.url, timeout_s=0.3)
+        got = client.complete(questions(2), Sampling(), subject="s", cache=tmp_path)
+        assert [c.text for c in got] == ["ok"] * 2
+        assert sum(server.asked.values()) == 4
 
 
 def test_a_prompt_that_is_too_long_is_an_answer_only_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -1,36 +1,36 @@
 """A client for OpenAI-compatible servers: bounded concurrency, bounded retries, every answer kept on disk.
 
-Answers go to one JSONL file per (subject, model, sampling): the first line records those settings, each
-further line one answer under the digest of its messages. An answer that is there is never asked for again,
+Answers are kept by (subject, model, sampling), see `AnswerFile`. One that is there is never asked for again,
 whichever measurement asks, so a run that was killed goes on where it stopped, and accuracy and identity
 share answers.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any, Generic, TypeVar
 
-import httpx
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field
 
-from validation.document import Document, Url, canonical_json, digest_of, resolve_url
-from validation.errors import MeasurementError, ServerUnreachable
+from validation.answers import AnswerFile
+from validation.connections import ConnectionFailed, Connections, Reply
+from validation.document import Document, Url, digest_of, resolve_url
+from validation.errors import AnswersNotKept, MeasurementError, ServerUnreachable
 
+Answer = TypeVar("Answer", bound=BaseModel)
 Progress = Callable[[int, int], None]
 """Called with (answered, all) after each answer."""
 REFUSED = "refused"
 """`finish_reason` of a prompt that the server would not take because it is too long."""
+LONGEST_WAIT_S = 120.0
+"""Most that a server's Retry-After is heeded."""
 
 
 class Message(Document):
@@ -101,6 +101,23 @@ class Completion(Document):
     """Wall time of the successful attempt."""
 
 
+@dataclass(frozen=True)
+class Job(Generic[Answer]):
+    """One thing to ask: where it goes, what is sent, and how the answer is read."""
+
+    key: str
+    """Digest of what is asked."""
+    id: str
+    """What messages call it."""
+    path: str
+    body: dict[str, Any]
+    parse: Callable[[dict[str, Any], float], Answer]
+    """From the reply's JSON and the seconds it took; ValueError, KeyError, IndexError or TypeError if the
+    reply is not such an answer, which is then asked for again."""
+    too_long: Callable[[float], Answer] | None = None
+    """Makes the answer of a prompt that is too long for the server; None: that is an error."""
+
+
 class Endpoint:
     """One served model behind an OpenAI-compatible HTTP interface.
 
@@ -108,9 +125,11 @@ class Endpoint:
         url: base URL without `/v1`, or a function giving it (called at the first question).
         model: the name the server serves the model under.
         concurrency: requests in flight at most.
-        timeout_s: seconds until an attempt without an answer counts as failed.
+        timeout_s: seconds until an attempt without a whole answer counts as failed.
         attempts: tries per request. Connection errors, time-outs, 429 and 5xx are tried again.
-        backoff_s: wait before the second try; doubles each time, 30 s at most.
+        backoff_s: wait before the second try; doubles each time, 30 s at most. If the server names a time to
+            wait (Retry-After), no request is sent before it is over, `LONGEST_WAIT_S` at most.
+        api_key: sent as a bearer token; never recorded.
     """
 
     def __init__(
@@ -122,6 +141,7 @@ class Endpoint:
         timeout_s: float = 120.0,
         attempts: int = 4,
         backoff_s: float = 0.5,
+        api_key: str | None = None,
     ) -> None:
         if concurrency < 1 or attempts < 1:
             raise MeasurementError("concurrency and attempts must be 1 or more")
@@ -131,6 +151,8 @@ class Endpoint:
         self.timeout_s = timeout_s
         self.attempts = attempts
         self.backoff_s = backoff_s
+        self.api_key = api_key
+        self._not_before = 0.0
 
     def complete(
         self,
@@ -149,16 +171,24 @@ class Endpoint:
             cache: directory of the answer files, made if missing.
             refusals: take a prompt that is too long for the server as an answer (`finish_reason` "refused").
 
-        Raises:
-            ServerUnreachable: a request failed `attempts` times; what was answered is kept.
-            MeasurementError: the server rejects a request, or the cache is unreadable or in use.
+        Raises: see `collect`; MeasurementError also for a prompt that is too long.
         """
-        unique = {r.key: r for r in requests}
-        with AnswerFile(cache, subject=subject, model=self.model, sampling=sampling) as answers:
-            missing = [r for key, r in unique.items() if key not in answers.found]
-            if missing:
-                self._ask(missing, sampling, answers, refusals, progress, len(unique))
-            completions = [answers.found[r.key].model_copy(update={"id": r.id}) for r in requests]
+        settings = {"subject": subject, "model": self.model, "sampling": sampling.model_dump(mode="json")}
+        shared = sampling.payload() | {"model": self.model}
+
+        def job(request: Request) -> Job[Completion]:
+            return Job(
+                key=request.key,
+                id=request.id,
+                path="/v1/chat/completions",
+                body=shared | {"messages": [m.model_dump() for m in request.messages]},
+                parse=lambda body, seconds: _parse(request.id, body, seconds),
+                too_long=(lambda seconds: _refusal(request.id, seconds)) if refusals else None,
+            )
+
+        answers = AnswerFile(cache, settings=settings, kind=Completion)
+        found = self.collect([job(r) for r in requests], answers, progress=progress)
+        completions = [c.model_copy(update={"id": r.id}) for c, r in zip(found, requests, strict=True)]
         if not refusals and any(c.finish_reason == REFUSED for c in completions):
             names = ", ".join(c.id for c in completions if c.finish_reason == REFUSED)
             raise MeasurementError(
@@ -166,106 +196,126 @@ class Endpoint:
             )
         return completions
 
+    def collect(
+        self,
+        jobs: Sequence[Job[Answer]],
+        answers: AnswerFile[Answer],
+        *,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """An answer for each job, from the file or from the server; equal jobs are asked once.
+
+        Raises:
+            ServerUnreachable: a request failed `attempts` times; what was answered is kept.
+            AnswersNotKept: the disk is full; what was answered before is kept.
+            MeasurementError: the server rejects a request, or the file is unreadable or in use.
+        """
+        unique = {job.key: job for job in jobs}
+        with answers:
+            missing = [job for key, job in unique.items() if key not in answers.found]
+            if missing:
+                self._ask(missing, answers, progress, len(unique))
+            return [answers.found[job.key] for job in jobs]
+
     def _ask(
         self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        answers: AnswerFile,
-        refusals: bool,
+        jobs: Iterable[Job[Answer]],
+        answers: AnswerFile[Answer],
         progress: Progress | None,
         total: int,
     ) -> None:
-        stop = threading.Event()
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        base = resolve_url(self.url)
-        # A proxy from the environment must not get between the client and a loopback server.
+        stop, left, lock = threading.Event(), iter(jobs), threading.Lock()
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else None
+
+        def work(connections: Connections) -> None:
+            while not stop.is_set():
+                with lock:
+                    job = next(left, None)
+                if job is None:
+                    return
+                try:
+                    answer = self.attempt(connections, job, stop)
+                    if answer is None:
+                        return
+                    answers.add(job.key, answer)
+                except BaseException as err:
+                    stop.set()
+                    if isinstance(err, AnswersNotKept):
+                        connections.break_off()
+                    raise
+                if progress is not None:
+                    progress(len(answers.found), total)
+
         with (
-            httpx.Client(base_url=base, timeout=self.timeout_s, limits=limits, trust_env=False) as client,
+            Connections(resolve_url(self.url), timeout_s=self.timeout_s, headers=headers) as connections,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
-
-            def one(request: Request) -> None:
-                completion = self._attempt(client, request, sampling, refusals, stop)
-                if completion is not None:
-                    answers.add(request.key, completion)
-                    if progress is not None:
-                        progress(len(answers.found), total)
-
-            futures = [pool.submit(one, r) for r in requests]
+            workers = [pool.submit(work, connections) for _ in range(self.concurrency)]
             try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                # After a failure nothing new is asked, but what is on its way is still kept.
+                wait(workers)
             except BaseException:
                 stop.set()
-                pool.shutdown(cancel_futures=True)
+                connections.break_off()
                 raise
-            failures = [f.exception() for f in done if f.exception() is not None]
-            if failures:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                failure = failures[0]
-                assert failure is not None
-                raise failure
+        for worker in workers:
+            worker.result()
 
-    def _attempt(
-        self,
-        client: httpx.Client,
-        request: Request,
-        sampling: Sampling,
-        refusals: bool,
-        stop: threading.Event,
-    ) -> Completion | None:
-        """One request with retries; None when another request's failure ended the run."""
-        body = sampling.payload() | {
-            "model": self.model,
-            "messages": [m.model_dump() for m in request.messages],
-        }
+    def attempt(self, connections: Connections, job: Job[Answer], stop: threading.Event) -> Answer | None:
+        """One request with retries; None when another request's failure ended the run.
+
+        Raises:
+            ServerUnreachable: it failed `attempts` times.
+            MeasurementError: the server rejects it.
+        """
+        body = json.dumps(job.body).encode()
         reason = ""
         for attempt in range(self.attempts):
-            if attempt and stop.wait(min(30.0, self.backoff_s * 2 ** (attempt - 1))):
-                return None
-            if stop.is_set():
+            backoff = min(30.0, self.backoff_s * 2 ** (attempt - 1)) if attempt else 0.0
+            pause = max(backoff, self._not_before - time.monotonic())
+            if stop.wait(pause) if pause > 0 else stop.is_set():
                 return None
             began = time.perf_counter()
             try:
-                response = client.post("/v1/chat/completions", json=body)
-            except httpx.TransportError as err:
-                reason = f"{type(err).__name__}: {err}".rstrip(": ")
+                reply = connections.post(job.path, body)
+            except ConnectionFailed as err:
+                reason = str(err)
                 continue
             seconds = time.perf_counter() - began
-            if response.status_code == 429 or response.status_code >= 500:
-                reason = f"HTTP {response.status_code}: {_said(response)}"
+            if reply.status == 429 or reply.status >= 500:
+                reason = f"HTTP {reply.status}: {reply.text}"
+                if reply.retry_after_s is not None:
+                    self._not_before = time.monotonic() + min(reply.retry_after_s, LONGEST_WAIT_S)
                 continue
-            if response.status_code != 200:
-                if refusals and _too_long(response):
-                    return Completion(
-                        id=request.id, text="", finish_reason=REFUSED, prompt_tokens=0, completion_tokens=0,
-                        tokens=None, seconds=seconds,
-                    )  # fmt: skip
-                raise self._rejection(client, response, request)
+            if reply.status != 200:
+                if job.too_long is not None and _too_long(reply):
+                    return job.too_long(seconds)
+                raise self._rejection(connections, reply, job)
             try:
-                return _parse(request.id, response.json(), seconds)
-            except (ValueError, KeyError, IndexError, TypeError) as err:
-                reason = f"an answer that is not a chat completion ({type(err).__name__}: {err})"
+                return job.parse(json.loads(reply.body), seconds)
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as err:
+                reason = f"an answer that is not of the form asked for ({type(err).__name__}: {err})"
         raise ServerUnreachable(
-            f"{client.base_url} gave no answer to {request.id!r} in {self.attempts} attempts; last: {reason}",
+            f"{connections.base_url} gave no answer to {job.id!r} in {self.attempts} attempts; "
+            f"last: {reason}",
             "See the server's log; run the same command again to go on from the answers kept.",
         )
 
-    def _rejection(
-        self, client: httpx.Client, response: httpx.Response, request: Request
-    ) -> MeasurementError:
-        if response.status_code == 404:
+    def _rejection(self, connections: Connections, reply: Reply, job: Job[Answer]) -> MeasurementError:
+        if reply.status == 404:
             try:
-                listing = client.get("/v1/models").json()
-                names = ", ".join(repr(m["id"]) for m in listing["data"])
-            except (httpx.HTTPError, ValueError, KeyError, TypeError):
-                names = "(it does not say)"
-            return MeasurementError(
-                f"{client.base_url} does not serve {self.model!r}; it serves {names}",
-                "Give the served model name.",
-            )
+                listing = json.loads(connections.get("/v1/models").body)
+                served = [m["id"] for m in listing["data"]]
+            except (ConnectionFailed, ValueError, KeyError, TypeError):
+                served = []
+            if self.model not in served:
+                names = ", ".join(map(repr, served)) or "(it does not say)"
+                return MeasurementError(
+                    f"{connections.base_url} does not serve {self.model!r}; it serves {names}",
+                    "Give the served model name.",
+                )
         return MeasurementError(
-            f"{client.base_url} rejects {request.id!r} with HTTP {response.status_code}: {_said(response)}"
+            f"{connections.base_url} rejects {job.id!r} with HTTP {reply.status}: {reply.text}"
         )
 
 
@@ -282,6 +332,14 @@ class Target:
     """What tables call it."""
     cache: Path
     """Folder of the answers, made if missing."""
+    api_key: str | None = field(default=None, repr=False)
+    """Sent as a bearer token; never recorded."""
+
+    def endpoint(self, *, concurrency: int = 8, timeout_s: float = 120.0) -> Endpoint:
+        """The client for it."""
+        return Endpoint(
+            self.url, self.model, concurrency=concurrency, timeout_s=timeout_s, api_key=self.api_key
+        )
 
     def ask(
         self,
@@ -294,82 +352,9 @@ class Target:
         progress: Progress | None = None,
     ) -> list[Completion]:
         """The answers in the order of `requests`; see `Endpoint` and `Endpoint.complete`."""
-        endpoint = Endpoint(self.url, self.model, concurrency=concurrency, timeout_s=timeout_s)
-        return endpoint.complete(
+        return self.endpoint(concurrency=concurrency, timeout_s=timeout_s).complete(
             requests, sampling, subject=self.subject, cache=self.cache, refusals=refusals, progress=progress
         )
-
-
-class AnswerFile:
-    """The answers of one (subject, model, sampling), appended one line at a time and never rewritten.
-
-    A line cut off by a kill is dropped when the file is opened again. One process at a time holds the file.
-    """
-
-    def __init__(self, directory: Path, *, subject: str, model: str, sampling: Sampling) -> None:
-        self.settings = {"subject": subject, "model": model, "sampling": sampling.model_dump(mode="json")}
-        self.path = directory / f"answers-{digest_of(self.settings).removeprefix('sha256:')[:20]}.jsonl"
-        self.found: dict[str, Completion] = {}
-        self._lock = threading.Lock()
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> AnswerFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("a+b")
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise MeasurementError(
-                    f"{self.path} is in use by another process", "Wait for the other measurement to end."
-                ) from None
-            self._load(file)
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-
-    def add(self, key: str, completion: Completion) -> None:
-        """Append one answer; from here on a killed process does not lose it."""
-        record = {"key": key, "completion": completion.model_dump(mode="json")}
-        with self._lock:
-            assert self._file is not None
-            self._append(self._file, record)
-            self.found[key] = completion
-
-    def _load(self, file: IO[bytes]) -> None:
-        file.seek(0)
-        content = file.read()
-        whole, _, torn = content.rpartition(b"\n")
-        if torn:
-            file.truncate(len(content) - len(torn))
-        lines = whole.split(b"\n") if whole else []
-        try:
-            if lines and json.loads(lines[0]) != {"settings": self.settings}:
-                raise ValueError("the first line does not name these settings")
-            for line in lines[1:]:
-                record = json.loads(line)
-                self.found[record["key"]] = Completion.model_validate(record["completion"])
-        except (ValueError, KeyError, TypeError, ValidationError) as err:
-            raise MeasurementError(
-                f"{self.path} is damaged: {err}", "Remove the file; its questions are then asked again."
-            ) from None
-        if not lines:
-            self._append(file, {"settings": self.settings})
-
-    @staticmethod
-    def _append(file: IO[bytes], record: dict[str, Any]) -> None:
-        file.write(canonical_json(record).encode() + b"\n")
-        file.flush()
 
 
 def _parse(identity: str, body: dict[str, Any], seconds: float) -> Completion:
@@ -399,12 +384,15 @@ def _parse(identity: str, body: dict[str, Any], seconds: float) -> Completion:
     )
 
 
-def _said(response: httpx.Response) -> str:
-    return " ".join(response.text.split())[:300]
+def _refusal(identity: str, seconds: float) -> Completion:
+    return Completion(
+        id=identity, text="", finish_reason=REFUSED, prompt_tokens=0, completion_tokens=0, tokens=None,
+        seconds=seconds,
+    )  # fmt: skip
 
 
-def _too_long(response: httpx.Response) -> bool:
-    said = response.text.lower()
-    return response.status_code in (400, 413, 422) and any(
+def _too_long(reply: Reply) -> bool:
+    said = reply.body.decode(errors="replace").lower()
+    return reply.status in (400, 413, 422) and any(
         phrase in said for phrase in ("context length", "max_model_len", "model length", "too long")
     )

@@ -14,3 +14,7 @@ class MeasurementError(Exception):
 
 class ServerUnreachable(MeasurementError):
     """A server did not answer, or went on failing after the bounded number of retries."""
+
+
+class AnswersNotKept(MeasurementError):
+    """The disk that keeps the answers is full or failing."""

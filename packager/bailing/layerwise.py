@@ -7,14 +7,14 @@ quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from packager.bailing.hf_config import BailingMoeConfig, BailingMoeV2Config
-from packager.bailing.hf_model import BailingMoeV2DecoderLayer, Positions, model_fields
+from packager.bailing.hf_model import BailingMoeV2DecoderLayer, MoE, Positions, model_fields
 from packager.checkpoint.header import TensorInfo
 from packager.checkpoint.source import Checkpoint, TensorReader
 from packager.errors import BadInput
@@ -79,9 +79,28 @@ class LayerwiseForward:
         embedding = prod(tensors["model.word_embeddings.weight"].shape)
         return 4 * max(2 * embedding, *(sum(layer) + 2 * max(layer) for layer in sizes))
 
-    def inputs(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Tensor]]:
+    def routing(self, prompts: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+        """The experts that the tokens of all prompts, one after another, are sent to: of each layer that has
+        experts [tokens, k] (int64)."""
+        chosen: dict[int, list[Tensor]] = {}
+
+        def watch(index: int, layer: BailingMoeV2DecoderLayer) -> None:
+            if isinstance(layer.mlp, MoE):
+                found = chosen.setdefault(index, [])
+                layer.mlp.gate.register_forward_hook(lambda _gate, _given, out: found.append(out[0]))
+
+        for _ in self.inputs(prompts, watch):
+            pass
+        return {index: torch.cat(found) for index, found in chosen.items()}
+
+    def inputs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        watch: Callable[[int, BailingMoeV2DecoderLayer], None] | None = None,
+    ) -> Iterator[list[Tensor]]:
         """The residual stream of each prompt, [tokens, hidden] in FP32: first what enters layer 0, then layer
-        1 …, and at last what leaves the last layer, before the final norm."""
+        1 …, and at last what leaves the last layer, before the final norm. `watch` is given each layer, and
+        its number, before it is computed."""
         with self._checkpoint.reader() as reader, torch.no_grad():
             embedding = self._read(reader, "model.word_embeddings.weight")
             states = [embedding[torch.tensor(ids)].unsqueeze(0) for ids in prompts]
@@ -96,6 +115,8 @@ class LayerwiseForward:
                 layer.load_state_dict(
                     {name: self._read(reader, f"model.layers.{index}.{name}") for name in names}, assign=True
                 )
+                if watch is not None:
+                    watch(index, layer)
                 states = [layer(state, at) for state, at in zip(states, positions, strict=True)]
             yield [state[0] for state in states]
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -21,7 +17,6 @@ import click
 from packager.cli import options
 
 if TYPE_CHECKING:
-    from packager.serving import ServeSpec
     from packager.serving.serve_file import Context
     from packager.serving.server import Server
 
@@ -67,99 +62,33 @@ def command(
     Prints the address once the engine is healthy and runs until interrupted. On a processor without FP8
     kernels the weights are dequantized to BF16 first, into the cache.
     """
-    from packager.artifact import is_sealed
     from packager.checkpoint.source import locate
-    from packager.serving.cpu import fp8_runs_here
+    from packager.release.served import cache_directory, servable
     from packager.serving.engine import vllm_command
-    from packager.serving.serve_file import context_for, is_fp8, spec_for
     from packager.serving.server import Server, claim_port
 
-    directory = locate(bundle).resolve()
-    spec = spec_for(directory, profile=profile, with_draft=with_draft)
-    length = context_for(directory, context)
-    if length.max_model_len is not None:
-        spec = replace(spec, max_model_len=length.max_model_len)
-    spec.check()
-    cache = (cache or _cache_directory()).resolve()
-    runs, reason = fp8_runs_here()
-    dequantized = is_fp8(spec.model) and not runs
-    stored = spec.model
-    if dequantized:
-        spec = replace(spec, model=_dequantized_path(cache, stored))
-    view = _trained_view_path(cache, stored, spec) if length.trained_rotary else None
+    cache = (cache or cache_directory()).resolve()
+    found = servable(locate(bundle), profile=profile, with_draft=with_draft, context=context, cache=cache)
     if print_command:
-        if view is not None:
-            spec = _as_trained(spec, view, make=not dequantized or is_sealed(spec.model))
-        arguments = vllm_command(spec, host=host, port=port)
+        arguments = vllm_command(found.spec(make=found.ready), host=host, port=port)
         document = {"kind": "serve command", "command": arguments}
         click.echo(json.dumps(document, indent=2) if as_json else shlex.join(arguments))
-        if dequantized and not is_sealed(_dequantized_path(cache, stored)):
-            click.echo(
-                f"{reason}; without --print-command the weights are dequantized to that folder", err=True
-            )
+        if not found.ready:
+            later = "without --print-command the weights are dequantized to that folder"
+            click.echo(f"{found.why_dequantized}; {later}", err=True)
         return
     claim_port(host, port)  # before weights are converted for a server that could not start
-    if dequantized and not is_sealed(spec.model):
-        click.echo(f"{reason}; dequantizing to BF16 in {spec.model}", err=True)
-        _dequantize(stored, spec.model)
-    if view is not None:
-        spec = _as_trained(spec, view)
+    spec = found.spec(lambda line: click.echo(line, err=True))
     server = Server(spec, log or cache / "serve.log", port=port, host=host, startup_timeout_s=startup_timeout)
     click.echo(f"starting vLLM (log: {server.log})", err=True)
     with _signals_interrupt(), server:
         try:
-            _announce(server, "dequantized" if dequantized else "native", length, as_json)
+            _announce(server, "dequantized" if found.why_dequantized else "native", found.context, as_json)
             code = server.wait()
         except KeyboardInterrupt:
             click.echo("stopping", err=True)
             return
         raise server.failure(f"the engine ended with exit code {code}")
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-packager"
-
-
-def _dequantized_path(cache: Path, model: Path) -> Path:
-    """A folder of the cache named for the weights' identity: other weights never hit it."""
-    from packager.artifact import is_sealed, read_manifest
-    from packager.checkpoint.source import Checkpoint
-
-    digest = read_manifest(model).digest if is_sealed(model) else Checkpoint.open(model).digest()
-    return cache / "dequantized" / digest.removeprefix("sha256:")[:24]
-
-
-def _trained_view_path(cache: Path, stored: Path, spec: ServeSpec) -> Path:
-    """A folder of the cache for this bundle at its trained length: named for where it is and what it says."""
-    parts = [str(stored), str(spec.model), (stored / "config.json").read_text(encoding="utf-8")]
-    if spec.draft is not None:
-        parts.append((spec.draft / "config.json").read_text(encoding="utf-8"))
-    return cache / "trained" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-def _as_trained(spec: ServeSpec, view: Path, *, make: bool = True) -> ServeSpec:
-    """`spec` with model and draft at their trained length, by links in `view`; `make` False: only named."""
-    from packager.context import trained_view
-
-    draft = None
-    if spec.draft is not None:
-        draft = trained_view(spec.draft, view / "draft") if make else view / "draft"
-    model = trained_view(spec.model, view / "model") if make else view / "model"
-    return replace(spec, model=model, draft=draft)
-
-
-def _dequantize(model: Path, out: Path) -> None:
-    """Dequantize through a folder of links: a bundle holds more than the checkpoint that is converted."""
-    from packager.artifact import MANIFEST_NAME
-    from packager.checkpoint.source import SIDE_SUFFIXES
-    from packager.quantize import dequantize
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix="checkpoint-") as view:
-        for file in model.iterdir():
-            if file.suffix in (".safetensors", *SIDE_SUFFIXES) and file.name != MANIFEST_NAME:
-                (Path(view) / file.name).symlink_to(file.resolve())
-        dequantize(Path(view), out)
 
 
 def _announce(server: Server, weights: str, length: Context, as_json: bool) -> None:

@@ -37,10 +37,17 @@ class TrainedDraft:
 
     trainer: Trainer
     vocabulary: VocabularyMap
-    predicted: Accepted
-    """Acceptance along the responses to held-out prompts, predicted without serving."""
+    predictions: dict[int, Accepted]
+    """Acceptance along the responses to held-out prompts, predicted without serving, by draft tokens."""
     metrics: dict[str, Any]
     """What the manifest says about it; no times."""
+    target: str
+    """Digest of the target whose states it learned from."""
+
+    @property
+    def predicted(self) -> Accepted:
+        """The prediction for as many draft tokens as the recipe names."""
+        return self.predictions[self.trainer.spec.num_speculative_tokens]
 
 
 def response_vocabulary(data: DraftData, spec: DraftSpec, target_size: int) -> VocabularyMap:
@@ -115,6 +122,15 @@ def _reproducible_torch() -> Iterator[None]:
         filling.fill_uninitialized_memory = filled
 
 
+def _rates(predictions: Mapping[int, Accepted]) -> dict[str, list[float]]:
+    """Rates by position, by draft tokens a step."""
+    return {
+        str(tokens): [round(rate, 4) for rate in one.per_position]
+        for tokens, one in predictions.items()
+        if one.drafts
+    }
+
+
 def _silent(_: str) -> None:
     """Progress of a process that does not speak."""
 
@@ -175,7 +191,16 @@ def train(
             sides[held_out(record["id"])].append(record)
         training, held = samples(sides[False], data.states), samples(sides[True], data.states)
         progress(f"draft: training on {len(training)} responses, {len(held)} held out")
-        predicted = trainer.run(training, held, progress, on_step)
+        predictions = trainer.run(training, held, progress, on_step)
+        tasks = {str(record["task"]): list[dict[str, Any]]() for record in sides[True]}
+        for record in sides[True]:
+            tasks[str(record["task"])].append(record)
+        by_task = {
+            task: trainer.predict(found)
+            for task, rows in sorted(tasks.items())
+            if (found := samples(rows, data.states))
+        }
+    predicted = predictions[spec.num_speculative_tokens]
     if predicted.drafts:
         rates = " ".join(f"{rate:.3f}" for rate in predicted.per_position)
         progress(f"draft: predicted acceptance length {predicted.length:.2f} on held-out prompts ({rates})")
@@ -191,13 +216,15 @@ def train(
             "length": round(predicted.length, 4) if predicted.drafts else None,
             "per_position": [round(rate, 4) for rate in predicted.per_position],
             "drafts": predicted.drafts,
+            "by_tokens": _rates(predictions),
+            "by_task": {task: _rates(one) for task, one in by_task.items()},
             "kind": f"along the {'sampled' if spec.temperature else 'greedy'} responses to held-out prompts, "
             "not served",
         },
     }
     if trainer.best:
         metrics |= {"best_step": trainer.best.step, "last_step": trainer.done}
-    return TrainedDraft(trainer, vocabulary, predicted, metrics)
+    return TrainedDraft(trainer, vocabulary, predictions, metrics, data.target)
 
 
 def export(
@@ -223,7 +250,7 @@ def export(
         else:
             tokens = trained.trainer.spec.num_speculative_tokens
             write_speculators(writer, head, trained.vocabulary, config, verifier=verifier, tokens=tokens)
-        writer.write_json("training.json", trained.trainer.settings())
+        writer.write_json("training.json", {**trained.trainer.settings(), "target": trained.target})
         rows = read_log(trained.trainer.log)
         writer.write_bytes(LOG_NAME, "".join(json.dumps(row) + "\n" for row in rows).encode())
         writer.write_bytes(PLOT_NAME, training_svg(rows))

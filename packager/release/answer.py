@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from packager.release.variants import Served
+from packager.release.served import Served
 from packager.release.workspace import Workspace
 
 if TYPE_CHECKING:

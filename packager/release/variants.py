@@ -8,63 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.artifact import MANIFEST_NAME, file_sha256, is_sealed, read_manifest
+from packager.artifact import file_sha256, is_sealed, read_manifest
 from packager.recipe import Recipe
+from packager.release.served import Say, Served, dequantize_files
 from packager.release.workspace import Workspace
 
 if TYPE_CHECKING:
-    from packager.serving import Server, ServeSpec
-    from validation.endpoint import Target
+    from packager.serving import ServeSpec
 
-Say = Callable[[str], None]
 SERVED_NAME = "model"
-STARTUP_TIMEOUT_S = 1800.0
-"""Reading 200 GB from a slow disk takes this long; an engine that dies is noticed at once."""
-
-
-@dataclass
-class Served:
-    """One variant; its server starts at the first question, so that cached measurements start none."""
-
-    label: str
-    subject: str
-    """Digest of what is served, and how."""
-    tokenizer: Path
-    log: Path
-    spec: Callable[[], ServeSpec]
-    say: Say
-    name: str = SERVED_NAME
-    _server: Server | None = field(default=None, init=False)
-
-    def url(self) -> str:
-        """Base URL of the running server; starts it if need be."""
-        if self._server is None:
-            from packager.serving import Server
-
-            self.say(f"serving {self.label}")
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            server = Server(self.spec(), self.log, startup_timeout_s=STARTUP_TIMEOUT_S)
-            server.start()
-            self._server = server
-        return self._server.url
-
-    def target(self, cache: Path, label: str | None = None) -> Target:
-        """What measurements take: this variant, its answers kept in `cache`, called `label` if given."""
-        from validation.endpoint import Target
-
-        return Target(self.url, self.name, self.subject, label or self.label, cache)
-
-    def stop(self) -> None:
-        """Stop the server if it runs."""
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +40,7 @@ class Variants:
     def tensor_parallel(self) -> int:
         """Cards that a model is split over: those of the recipe's hardware, one process on a CPU."""
         from packager.serving.cpu import device
-        from packager.serving.hardware import parse_hardware
+        from validation.hardware import parse_hardware
 
         if device() == "cpu" or self.recipe.hardware == "cpu":
             return 1
@@ -98,13 +55,11 @@ class Variants:
         """The artifact itself, or a dequantized copy of it kept in `work/dequantized`."""
         if not self.why_dequantized:
             return artifact
-        from packager.quantize import dequantize
-
         manifest = read_manifest(artifact)
         out = self.workspace.work / "dequantized" / f"{artifact.name}-{manifest.digest[7:19]}"
         if not is_sealed(out):
             self.say(f"dequantizing {artifact.name} to serve it on this CPU")
-            dequantize(_checkpoint_of(artifact, out.with_name(out.name + "-files")), out)
+            dequantize_files(artifact, out)
         return out
 
     def bf16(self) -> contextlib.AbstractContextManager[Served]:
@@ -193,23 +148,5 @@ class Variants:
             say=self.say,
             name=name,
         )
-        try:
+        with served.running():
             yield served
-        finally:
-            served.stop()
-
-
-def _checkpoint_of(artifact: Path, view: Path) -> Path:
-    """The artifact itself; of a bundle, a folder of links to the checkpoint's own files.
-
-    A bundle holds more than a checkpoint (a signature beside its seal, a card, a draft), which nothing that
-    reads checkpoints has to know.
-    """
-    if not (artifact / "bundle.lock").is_file():
-        return artifact
-    shutil.rmtree(view, ignore_errors=True)
-    view.mkdir(parents=True)
-    for path in artifact.iterdir():
-        if path.suffix in (".safetensors", ".json", ".jinja", ".txt") and path.name != MANIFEST_NAME:
-            (view / path.name).symlink_to(path.resolve())
-    return view
