@@ -136,12 +136,9 @@ def test_the_evidence_says_how_the_weights_were_served(released: Released) -> No
 
     report = json.loads((released.workspace / "evidence" / "report.json").read_text(encoding="utf-8"))
     assert report["weights_served"] == ("native" if fp8_runs_here()[0] else "dequantized")
-    assert [panel["key"] for panel in report["panels"]][:1] == ["short-context"]
-    assert {step["name"].split(",")[0] for step in report["conduct"]["steps"]} == {
-        "accuracy",
-        "long records",
-        "speed",
-    }
+    assert "short-context" in [panel["key"] for panel in report["panels"]]
+    steps = {step["name"].split(",")[0] for step in report["conduct"]["steps"]}
+    assert {"accuracy", "long records", "speed"} <= steps
     settings = yaml.safe_load((released.workspace / "bundle" / "serve.yaml").read_text(encoding="utf-8"))
     assert settings["context_measured"]["longest_record_read"] == settings["max_model_len"]
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from validation.gates import Gate
     from validation.identity import IdentityResult
     from validation.longcontext import LongComparison, LongRun
+    from validation.public_benchmarks import BenchmarkRun
     from validation.report import Report
     from validation.tasks import AccuracyComparison, AccuracyRun, Item
     from validation.throughput import ThroughputRun
@@ -228,6 +229,12 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         say(f"  {served.label}: {run.overall.correct} of {run.overall.n} right")
         return run
 
+    def benchmarks(served: Served) -> tuple[BenchmarkRun, ...]:
+        if not spec.benchmarks:
+            return measure_benchmarks(spec.benchmarks, served.target(cache), say)
+        with watch.step(f"benchmarks, {served.label}", served.subject):
+            return measure_benchmarks(spec.benchmarks, served.target(cache), say)
+
     def long_records(served: Served, label: str) -> LongRun | None:
         if not asked.long:
             return None
@@ -256,19 +263,22 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
 
         with variants.bf16() as served:
             bf16 = accuracy(served)
-            before = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            before = benchmarks(served)
             if rubrics is not None:
-                rubrics.measure(served)
+                with watch.step(f"rubrics, {served.label}", served.subject):
+                    rubrics.measure(served)
             noise = None
             if spec.noise_floor:
                 margin = margin_points(recipe.gates)
-                noise = measure_noise(served.target(cache), asked.items, bf16, margin_points=margin)
+                with watch.step(f"noise floor, {served.label}", served.subject):
+                    noise = measure_noise(served.target(cache), asked.items, bf16, margin_points=margin)
                 say(f"  {served.label} again: {noise.flips} of {bf16.overall.n} flip without any change")
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
-            after = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            after = benchmarks(served)
             if rubrics is not None:
-                rubrics.measure(served)
+                with watch.step(f"rubrics, {served.label}", served.subject):
+                    rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
