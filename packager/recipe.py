@@ -281,6 +281,8 @@ class BenchmarkSpec(Spec):
     max_tokens: int | None = Field(default=None, gt=0)
     margin_points: float | None = Field(default=None, gt=0)
     """Loss that the verdict counts as none; None: the margin of the gates."""
+    digests: dict[str, str] = {}
+    """Task to `sha256:…` of its items, as a run records them; other data is refused."""
 
 
 class ValidateSpec(Spec):

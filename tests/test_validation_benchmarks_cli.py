@@ -60,6 +60,9 @@ def test_benchmark_runs_compares_and_fails_on_a_loss(
         assert run(arguments("benchmark", server.url, "a", tmp_path, *reasoning)) == 0
     assert "100.0" in capsys.readouterr().out
     nowhere = arguments("benchmark", "http://127.0.0.1:9", "c", tmp_path, "--include", str(tmp_path))
+    assert run([*nowhere, "--tasks", "own", "--expect", "own=1"]) == 2
+    assert run([*nowhere, "--tasks", "own", "--expect", "own=sha256:1"]) == 3
+    assert "not sha256:1" in capsys.readouterr().err
     (tmp_path / "own.yaml").write_text(TASK.format(folder=tmp_path / "gone"))
     assert run([*nowhere, "--tasks", "own"]) == 3
     assert "neither here nor to be reached" in capsys.readouterr().err

@@ -52,6 +52,16 @@ def comparison_options(function: Callable[..., None]) -> Callable[..., None]:
     return functools.reduce(lambda f, option: option(f), reversed(declared), function)
 
 
+def _digests(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        task, _, digest = value.partition("=")
+        if not task or not digest.startswith("sha256:"):
+            raise click.UsageError(f"--expect takes TASK=sha256:…, got {value!r}")
+        found[task] = digest
+    return found
+
+
 @click.command()
 @server_options
 @click.option(
@@ -81,6 +91,13 @@ def comparison_options(function: Callable[..., None]) -> Callable[..., None]:
     is_flag=True,
     help="Let tasks such as humaneval run code that the model wrote, on this machine. Use a container.",
 )
+@click.option(
+    "--expect",
+    multiple=True,
+    callback=_digests,
+    metavar="TASK=DIGEST",
+    help="Refuse other data than an earlier run's (its items_digest); may be repeated.",
+)
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @comparison_options
 def benchmark(
@@ -94,6 +111,7 @@ def benchmark(
     max_tokens: int | None,
     plain: bool,
     allow_code_execution: bool,
+    expect: dict[str, str],
     concurrency: int,
     reference: Path | None,
     margin_points: float,
@@ -124,6 +142,7 @@ def benchmark(
         max_tokens=max_tokens,
         chat=not plain,
         unsafe_code=allow_code_execution,
+        expected=expect,
         concurrency=concurrency,
         progress=print_progress,
     )
