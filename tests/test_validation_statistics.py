@@ -323,6 +323,16 @@ def test_the_n_that_would_decide_decides() -> None:
     assert non_inferiority(undecided, margin) == "inconclusive"
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6), st.floats(0.005, 0.3))
+def test_the_n_that_would_decide_is_found_for_the_smallest_samples(
+    lost: int, gained: int, rest: int, margin: float
+) -> None:
+    n = lost + gained + rest
+    needed = n_to_decide(lost, gained, n, margin)
+    assert needed is None or needed >= n > 0
+
+
 def test_no_n_decides_a_difference_that_is_the_margin() -> None:
     assert n_to_decide(4, 2, 100, 0.02) is None
 

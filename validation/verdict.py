@@ -86,7 +86,8 @@ def verdict_gates(
                 at_least(f"{name}: {rule or 'low end'}", row.low_points, bound, "points", _said(row))
             )
         else:
-            gates.append(at_least(f"{name}: {rule}, p", p, (1 - row.confidence) / 2, "", _said(row)))
+            level = round((1 - row.confidence) / 2, 12)  # 0.025, not its nearest neighbour
+            gates.append(at_least(f"{name}: {rule}, p", p, level, "", _said(row)))
     return tuple(gates)
 
 
@@ -204,7 +205,7 @@ def _chances(comparison: AccuracyComparison) -> Table:
             Column(name="Rule", kind="text"),
             *(
                 Column(
-                    name="Unchanged model" if loss == 0 else f"True loss of {100 * loss:g} points",
+                    name="Unchanged model" if loss == 0 else f"True loss, {100 * loss:g} points",
                     unit="%",
                     digits=1,
                 )
