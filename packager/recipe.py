@@ -263,6 +263,21 @@ class ServeSettings(Spec):
         return self
 
 
+class FidelitySpec(Spec):
+    """How far the token distributions may be from the original's before an alarm goes off."""
+
+    texts: int = Field(default=60, ge=0)
+    """Answers of the original that every variant scores; 0: fidelity is not measured."""
+    routing_texts: int = Field(default=16, ge=0)
+    """Of these, how many are sent through both checkpoints to see which experts they use."""
+    max_mean_kl_nats: float = Field(default=0.02, gt=0)
+    """KL divergence from the model before, nats a token."""
+    max_p99_kl_nats: float = Field(default=0.5, gt=0)
+    min_top1_agreement: float = Field(default=0.97, ge=0, le=1)
+    max_perplexity_ratio: float = Field(default=1.02, gt=0)
+    min_routing_agreement: float = Field(default=0.85, ge=0, le=1)
+
+
 class ValidateSpec(Spec):
     """What is measured, on how many items."""
 
@@ -289,6 +304,7 @@ class ValidateSpec(Spec):
     target, one at least with its draft; those of other drafts are compared with it."""
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
+    fidelity: FidelitySpec = FidelitySpec()
     seed: int = 0
 
 

@@ -24,6 +24,7 @@ from packager.artifact import ArtifactWriter, Manifest, read_manifest
 from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
+from packager.release.fidelity import Fidelity
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
 from packager.release.served import Served
@@ -69,6 +70,7 @@ class Measured:
     without_draft: ThroughputRun
     with_draft: ThroughputRun
     dense: ThroughputRun | None
+    fidelity: Fidelity
 
 
 def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
@@ -184,6 +186,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
     margin = recipe.gates.max_accuracy_loss_points or 2.0
 
+    fidelity = Fidelity(spec.fidelity, cache, say)
+
     def accuracy(served: Served) -> AccuracyRun:
         run = measure_accuracy(served.target(cache), asked.items, sampling=sampling)
         say(f"  {served.label}: {run.overall.correct} of {run.overall.n} right")
@@ -215,11 +219,14 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
 
         with variants.bf16() as served:
             bf16 = accuracy(served)
+            fidelity.reference(served, bf16, asked.spread(spec.fidelity.texts))
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
+            fidelity.candidate(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
+            fidelity.candidate(served)
             reference = collect_outputs(served.target(cache), same, sampling=sampling)
             long_after = long_records(served, f"{weights}, YaRN")
             without_draft = throughput(served)
@@ -233,6 +240,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             with variants.dense(dense_path) as served:
                 dense = throughput(served, match=without_draft)
 
+    fidelity.experts(variants.source, workspace.fp8)
     long = tuple(run for run in (long_before, long_after) if run is not None)
     return Measured(
         accuracy=(bf16, fp8, context, drafted),
@@ -245,6 +253,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         without_draft=without_draft,
         with_draft=with_draft,
         dense=dense,
+        fidelity=fidelity,
     )
 
 
@@ -329,6 +338,7 @@ def collect_evidence(
         found.with_draft,
         recipe.draft.num_speculative_tokens,
     )
+    alarms += found.fidelity.alarms()
     for line in alarms:
         say(f"  {line}")
     runs = {run.subject: run.label for run in (*found.accuracy, *((found.dense,) if found.dense else ()))}
@@ -350,7 +360,7 @@ def collect_evidence(
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
-            panels=panels,
+            panels=(*panels, *found.fidelity.panels()),
             stages=tuple(
                 StageFigures(
                     stage=stage.name,
