@@ -41,12 +41,12 @@ class Fidelity:
         self.results: list[FidelityResult] = []
         self.routing: list[RoutingAgreement] = []
 
-    @property
-    def bounds(self) -> Bounds:
-        """The alarms' bounds, as the recipe names them."""
+    def _bounds(self) -> Bounds:
+        """The alarms' bounds of the step that is compared, as the recipe names them."""
         from validation.fidelity import Bounds
 
-        return Bounds(**{name: getattr(self._spec, name) for name in Bounds.model_fields})
+        step = self._spec.context if self.results else self._spec.quantize
+        return Bounds(**step.model_dump())
 
     def reference(self, served: Served, answers: AccuracyRun, items: list[Item]) -> None:
         """Score the original's own answers with itself, twice.
@@ -76,7 +76,7 @@ class Fidelity:
         target = served.target(self._cache)
         run = score_passages(target, self._passages, concurrency=CONCURRENCY[0])
         again = self._again if len(self._runs) == 1 else None
-        found = compare_scores(self._runs[-1], run, again=again, bounds=self.bounds)
+        found = compare_scores(self._runs[-1], run, again=again, bounds=self._bounds())
         self._runs.append(run)
         self.results.append(found)
         self._say(
@@ -92,7 +92,7 @@ class Fidelity:
         """
         from packager.bailing.layerwise import LayerwiseForward
         from packager.checkpoint.source import Checkpoint
-        from validation.fidelity import compare_routing
+        from validation.fidelity import Bounds, compare_routing
 
         texts = self._runs[0].passages[: self._spec.routing_texts] if len(self._runs) > 1 else ()
         prompts = [[int(token) for token in text.tokens] for text in texts]
@@ -114,7 +114,7 @@ class Fidelity:
                 names=(self._runs[0].label, self._runs[1].label),
                 subjects=(self._runs[0].subject, self._runs[1].subject),
                 source="a forward of our own in FP32 over the stored weights, activations not quantized",
-                bounds=self.bounds,
+                bounds=Bounds(**self._spec.quantize.model_dump()),
             )
         )
 
