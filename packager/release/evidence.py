@@ -25,6 +25,7 @@ from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
 from packager.release.benchmarks import Benchmarks, check_benchmarks, measure_benchmarks
+from packager.release.fidelity import Fidelity
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
 from packager.release.served import Served
@@ -72,6 +73,7 @@ class Measured:
     with_draft: ThroughputRun
     dense: ThroughputRun | None
     benchmarks: Benchmarks
+    fidelity: Fidelity
 
 
 def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
@@ -189,6 +191,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
     same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
 
+    fidelity = Fidelity(spec.fidelity, cache, say)
+
     def accuracy(served: Served) -> AccuracyRun:
         run = measure_accuracy(served.target(cache), asked.items, sampling=sampling)
         say(f"  {served.label}: {run.overall.correct} of {run.overall.n} right")
@@ -221,6 +225,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with variants.bf16() as served:
             bf16 = accuracy(served)
             before = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            fidelity.reference(served, bf16, asked.spread(spec.fidelity.texts))
             noise = None
             if spec.noise_floor:
                 margin = margin_points(recipe.gates)
@@ -229,9 +234,11 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
             after = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            fidelity.candidate(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
+            fidelity.candidate(served)
             reference = collect_outputs(served.target(cache), same, sampling=sampling)
             long_after = long_records(served, f"{weights}, YaRN")
             without_draft = throughput(served)
@@ -245,6 +252,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             with variants.dense(dense_path) as served:
                 dense = throughput(served, match=without_draft)
 
+    fidelity.experts(variants.source, workspace.fp8)
     long = tuple(run for run in (long_before, long_after) if run is not None)
     runs = (bf16, fp8, context, drafted)
     return Measured(
@@ -257,6 +265,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with_draft=with_draft,
         dense=dense,
         benchmarks=Benchmarks.compare(spec.benchmarks, before, after, margin_points(recipe.gates)),
+        fidelity=fidelity,
     )
 
 
@@ -344,6 +353,7 @@ def collect_evidence(
         found.with_draft,
         recipe.draft.num_speculative_tokens,
     )
+    alarms += found.fidelity.alarms()
     for line in alarms:
         say(f"  {line}")
     runs = {run.subject: run.label for run in (*found.accuracy, *((found.dense,) if found.dense else ()))}
@@ -365,7 +375,12 @@ def collect_evidence(
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
-            panels=(*found.verdicts.panels(recipe.gates), *found.benchmarks.panels(), *panels),
+            panels=(
+                *found.verdicts.panels(recipe.gates),
+                *found.benchmarks.panels(),
+                *panels,
+                *found.fidelity.panels(),
+            ),
             stages=tuple(
                 StageFigures(
                     stage=stage.name,
