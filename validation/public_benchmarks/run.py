@@ -266,10 +266,11 @@ def _result(
 
 
 def _last_turn(prompt: str) -> str:
-    """The question proper: the last turn of a conversation (see `EndpointLM`), a plain prompt as it is."""
+    """The question proper: the user's last turn in a conversation (see `EndpointLM`), else the prompt."""
     try:
-        return str(json.loads(prompt)["messages"][-1]["content"])
-    except (ValueError, KeyError, TypeError):
+        turns = json.loads(prompt)["messages"]
+        return str([turn["content"] for turn in turns if turn["role"] == "user"][-1])
+    except (ValueError, KeyError, TypeError, IndexError):
         return prompt
 
 
