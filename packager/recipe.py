@@ -263,6 +263,29 @@ class ServeSettings(Spec):
         return self
 
 
+class HealthBenchSpec(Spec):
+    """Rubrics graded by a judge: HealthBench's own files, or others of their form."""
+
+    rows: str
+    """JSONL of rubrics, or the folder that HealthBench was downloaded to."""
+    subset: Literal["main", "hard", "consensus"] = "main"
+    rows_digest: str | None = None
+    """`sha256:…` that the rows must have."""
+    examples: int | None = Field(default=None, gt=1)
+    """How many conversations are drawn; None: all."""
+    judge_url: str
+    """OpenAI-compatible server, without /v1."""
+    judge_model: str
+    judge_subject: str | None = None
+    """What judgements are kept under; None: model and URL."""
+    judge_key_env: str | None = None
+    """Environment variable that holds the judge's key; the key itself is in no file."""
+    meta: str | None = None
+    """Meta-evaluation that the judge must pass before its scores count; None: they do not count."""
+    min_balanced_f1: float = Field(default=0.7, ge=0, le=1)
+    max_output_tokens: int = Field(default=2048, gt=0)
+
+
 class BenchmarkSpec(Spec):
     """Public benchmarks that BF16 and the quantized weights answer, by the names lm-eval gives them."""
 
@@ -345,6 +368,8 @@ class ValidateSpec(Spec):
     noise_floor: bool = True
     """Ask BF16 a second time, in another order and concurrency: what flips without any change."""
     fidelity: FidelitySpec = FidelitySpec()
+    healthbench: HealthBenchSpec | None = None
+    """None: the nano's own rubrics and judge, or not measured."""
     seed: int = 0
 
 
@@ -372,6 +397,10 @@ class GatesSpec(Spec):
     max_safety_flips: int | None = Field(default=None, ge=0)
     """Safety items that all that is served may turn from right to wrong, beyond those that BF16 itself flips
     when asked twice."""
+    max_rubric_loss_points: float | None = Field(default=None, gt=0)
+    """Largest loss of the quantized weights' rubric score, in points of 100; also the verdict's margin."""
+    max_new_rubric_harm: int | None = Field(default=None, ge=0)
+    """Criteria with negative points that the quantized weights may meet where BF16 did not."""
     min_acceptance_length: float | None = None
     min_identical_fraction: float | None = None
     min_draft_speedup: float | None = None

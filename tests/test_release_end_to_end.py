@@ -157,6 +157,15 @@ def test_the_evidence_has_verdicts_the_cost_of_each_step_and_the_noise_floor(rel
     assert {"verdicts", "noise_floor", "steps_points"} <= read_manifest(evidence).metrics.keys()
 
 
+def test_the_report_has_rubrics_of_both_weights_by_a_qualified_judge(released: Released) -> None:
+    report = json.loads((released.workspace / "evidence" / "report.json").read_text(encoding="utf-8"))
+    [panel] = [panel for panel in report["panels"] if panel["key"] == "rubrics"]
+    scores = panel["tables"][0]
+    assert [row[0] for row in scores["rows"]] == ["BF16", "FP8"]
+    assert [row[-1] for row in scores["rows"]] == ["yes", "yes"]
+    assert len(panel["subjects"]) == 2
+
+
 def test_a_gate_that_fails_ends_with_4_keeps_the_evidence_and_serves_nothing_again(
     released: Released, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from packager.cli.measuring import (
 )
 from packager.cli.validate_benchmark import benchmark
 from packager.cli.validate_claims import claims
+from packager.cli.validate_healthbench import healthbench
 from packager.cli.validate_medbench import medaibench, medbench
 from packager.cli.validate_served import served_options
 from packager.cli.validate_structure import structure
@@ -39,7 +40,7 @@ def command() -> None:
     """
 
 
-for _verb in (benchmark, claims, medaibench, medbench, structure):
+for _verb in (benchmark, claims, healthbench, medaibench, medbench, structure):
     command.add_command(_verb)
 
 

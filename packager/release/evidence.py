@@ -2,8 +2,9 @@
 
 Five servers, one after another, because two on one machine spoil each other's speed:
 
-    BF16 source                     accuracy, twice: what flips anyway is the noise floor; benchmarks
-    quantized                       accuracy, benchmarks; long records, the position limit lifted but no YaRN
+    BF16 source                     accuracy, twice: what flips anyway is the noise floor; benchmarks, rubrics
+    quantized                       accuracy, benchmarks, rubrics; long records, the position limit lifted but
+                                    no YaRN
     quantized + YaRN                accuracy, greedy texts, long records, speed without the draft
     quantized + YaRN + draft        accuracy, greedy texts, acceptance, speed with the draft
     dense baseline                  speed at the same answer lengths
@@ -28,6 +29,7 @@ from packager.release.benchmarks import Benchmarks, check_benchmarks, measure_be
 from packager.release.fidelity import Fidelity
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
+from packager.release.rubrics import RubricEvidence, conclude_rubrics, rubric_measurement
 from packager.release.served import Served
 from packager.release.variants import Variants
 from packager.release.verdicts import Verdicts, check_tasks, conclude, margin_points
@@ -74,6 +76,7 @@ class Measured:
     dense: ThroughputRun | None
     benchmarks: Benchmarks
     fidelity: Fidelity
+    rubrics: RubricEvidence
 
 
 def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
@@ -205,7 +208,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             served.target(cache, label), asked.long, trained_length=trained, sampling=long_sampling
         )
 
-    with BenchClient() as bench:
+    with BenchClient() as bench, rubric_measurement(recipe, cache, sampling, say) as rubrics:
 
         def throughput(served: Served, match: ThroughputRun | None = None) -> ThroughputRun:
             run = measure_throughput(
@@ -226,6 +229,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             bf16 = accuracy(served)
             before = measure_benchmarks(spec.benchmarks, served.target(cache), say)
             fidelity.reference(served, bf16, asked.spread(spec.fidelity.texts))
+            if rubrics is not None:
+                rubrics.measure(served)
             noise = None
             if spec.noise_floor:
                 margin = margin_points(recipe.gates)
@@ -235,6 +240,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             fp8 = accuracy(served)
             after = measure_benchmarks(spec.benchmarks, served.target(cache), say)
             fidelity.candidate(served)
+            if rubrics is not None:
+                rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
@@ -266,6 +273,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         dense=dense,
         benchmarks=Benchmarks.compare(spec.benchmarks, before, after, margin_points(recipe.gates)),
         fidelity=fidelity,
+        rubrics=conclude_rubrics(recipe.gates, rubrics),
     )
 
 
@@ -294,6 +302,7 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
         ),
         *found.verdicts.gates(spec),
         *found.benchmarks.gates(spec),
+        *found.rubrics.gates(spec),
         at_least(
             "greedy outputs identical with and without the draft",
             identity.identical_fraction if identity else None,
@@ -378,6 +387,7 @@ def collect_evidence(
             panels=(
                 *found.verdicts.panels(recipe.gates),
                 *found.benchmarks.panels(),
+                *found.rubrics.panels(),
                 *panels,
                 *found.fidelity.panels(),
             ),

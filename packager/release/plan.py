@@ -21,6 +21,7 @@ from packager.checkpoint.source import read_json_object
 from packager.draft.states_file import bytes_per_token
 from packager.errors import BadInput
 from packager.recipe import Recipe, SchemeName
+from packager.release.rubrics import rubric_trouble
 from packager.release.workspace import packaged_checkpoint
 from packager.serving.plan import fit, model_bytes, smallest
 from validation.hardware import GB, Hardware, parse_hardware
@@ -288,6 +289,7 @@ def _undecided(
         missing.append("validate.items_file: items to validate with")
     if not nano and recipe.gates.min_ratio_to_dense is not None and recipe.validate_.dense_baseline is None:
         missing.append("validate.dense_baseline: the gate min_ratio_to_dense has nothing to compare with")
+    missing.extend(rubric_trouble(recipe))
     if recipe.context.length % config.max_position_embeddings:
         missing.append(
             f"context.length: {recipe.context.length} is not a multiple of the trained length "
