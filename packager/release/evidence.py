@@ -26,6 +26,7 @@ from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
 from packager.release.benchmarks import Benchmarks, check_benchmarks, measure_benchmarks
+from packager.release.fidelity import Fidelity
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
 from packager.release.rubrics import RubricEvidence, conclude_rubrics, rubric_measurement
@@ -74,6 +75,7 @@ class Measured:
     with_draft: ThroughputRun
     dense: ThroughputRun | None
     benchmarks: Benchmarks
+    fidelity: Fidelity
     rubrics: RubricEvidence
 
 
@@ -192,6 +194,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
     same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
 
+    fidelity = Fidelity(spec.fidelity, cache, say)
+
     def accuracy(served: Served) -> AccuracyRun:
         run = measure_accuracy(served.target(cache), asked.items, sampling=sampling)
         say(f"  {served.label}: {run.overall.correct} of {run.overall.n} right")
@@ -224,6 +228,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with variants.bf16() as served:
             bf16 = accuracy(served)
             before = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            fidelity.reference(served, bf16, asked.spread(spec.fidelity.texts))
             if rubrics is not None:
                 rubrics.measure(served)
             noise = None
@@ -234,11 +239,13 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
             after = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            fidelity.candidate(served)
             if rubrics is not None:
                 rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
+            fidelity.candidate(served)
             reference = collect_outputs(served.target(cache), same, sampling=sampling)
             long_after = long_records(served, f"{weights}, YaRN")
             without_draft = throughput(served)
@@ -252,6 +259,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             with variants.dense(dense_path) as served:
                 dense = throughput(served, match=without_draft)
 
+    fidelity.experts(variants.source, workspace.fp8)
     long = tuple(run for run in (long_before, long_after) if run is not None)
     runs = (bf16, fp8, context, drafted)
     return Measured(
@@ -264,6 +272,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with_draft=with_draft,
         dense=dense,
         benchmarks=Benchmarks.compare(spec.benchmarks, before, after, margin_points(recipe.gates)),
+        fidelity=fidelity,
         rubrics=conclude_rubrics(recipe.gates, rubrics),
     )
 
@@ -353,6 +362,7 @@ def collect_evidence(
         found.with_draft,
         recipe.draft.num_speculative_tokens,
     )
+    alarms += found.fidelity.alarms()
     for line in alarms:
         say(f"  {line}")
     runs = {run.subject: run.label for run in (*found.accuracy, *((found.dense,) if found.dense else ()))}
@@ -379,6 +389,7 @@ def collect_evidence(
                 *found.benchmarks.panels(),
                 *found.rubrics.panels(),
                 *panels,
+                *found.fidelity.panels(),
             ),
             stages=tuple(
                 StageFigures(
