@@ -5,7 +5,8 @@
 (a) FP8 as produced; (b) one expert's scales doubled; (c) one layer's attention zeroed; (d) 2 % of the
 recorded answers changed. BF16, (a), (b) and (c) are served by vLLM one after another (dequantized where the
 processor has no FP8 kernel); (d) is (a) with its record altered. Every check states its bound beforehand:
-gates and alarms by their defaults. (a) must pass all; each of the others must be found by at least one.
+gates by their defaults, alarms as recipes/nano.yaml names them. (a) must pass all; each of the others must
+be found by at least one.
 
 Some minutes on two cores; nothing else may run meanwhile. With --work, answers are kept there, and a run that
 was killed goes on.
@@ -34,10 +35,11 @@ from packager.proof.recompute import verify_against
 from packager.proof.structure import check_structure
 from packager.quantize import dequantize, diff, quantize
 from packager.quantize.fidelity import LEDGER_NAME
-from packager.recipe import QuantizeSpec
-from packager.serving import Server, ServeSpec, fp8_runs_here
+from packager.recipe import QuantizeSpec, load_recipe
+from packager.release.served import Served
+from packager.serving import ServeSpec, fp8_runs_here
 from validation.endpoint import Sampling, Target
-from validation.fidelity import RoutingAgreement, compare_routing, compare_scores
+from validation.fidelity import Bounds, RoutingAgreement, compare_routing, compare_scores
 from validation.identity import OutputRun, collect_outputs, compare_outputs
 from validation.prompt_logprobs import Passage, ScoredRun, Scoring, answers_as_passages, score_passages
 from validation.tasks import AccuracyRun, Item, compare_accuracy, items_from, measure_accuracy
@@ -45,6 +47,9 @@ from validation.tasks.accuracy import share_of
 
 MIN_SNR_DB = 30.0
 """As `quantize` demands of block FP8."""
+BOUNDS = Bounds(
+    **load_recipe(Path(__file__).parents[1] / "recipes/nano.yaml").validate_.fidelity.quantize.model_dump()
+)
 MARGIN_POINTS = 2.0
 SIGNIFICANCE = 0.05
 EXPERT = "model.layers.2.mlp.experts.3."
@@ -53,7 +58,7 @@ FLIPPED = 0.02
 
 
 @dataclass
-class Served:
+class Said:
     """What a served checkpoint said."""
 
     accuracy: AccuracyRun
@@ -150,7 +155,7 @@ def file_checks(paths: dict[str, Path]) -> list[Row]:
     return rows
 
 
-def served_checks(reference: Served, candidates: dict[str, Served]) -> list[Row]:
+def served_checks(reference: Said, candidates: dict[str, Said]) -> list[Row]:
     """The checks that compare what servers said."""
     rows: dict[str, Row] = {}
 
@@ -158,10 +163,10 @@ def served_checks(reference: Served, candidates: dict[str, Served]) -> list[Row]
         return rows.setdefault(name, Row(name, bound))
 
     for case, one in candidates.items():
-        found = compare_scores(reference.scores, one.scores, again=reference.again)
+        found = compare_scores(reference.scores, one.scores, again=reference.again, bounds=BOUNDS)
         for gate in found.alarms:
             row(f"fidelity: {gate.name}", f"{gate.comparison} {gate.bound:g}").cases[case] = (
-                f"{gate.measured:.4f}",
+                f"{gate.measured:.3g}" if "KL" in gate.name else f"{gate.measured:.4f}",
                 gate.outcome == "fail",
             )
         same = compare_outputs(reference.outputs, one.outputs)
@@ -220,7 +225,7 @@ def routing(reference: Path, candidate: Path, scores: ScoredRun, label: str) -> 
     one, other = (LayerwiseForward(Checkpoint.open(path)).routing(prompts) for path in (reference, candidate))
     return compare_routing(
         [one[n] for n in one], [other[n] for n in one], list(one),
-        names=("BF16", label), subjects=("bf16", label), source="a forward of our own in FP32",
+        names=("BF16", label), subjects=("bf16", label), source="a forward of our own in FP32", bounds=BOUNDS,
     )  # fmt: skip
 
 
@@ -228,28 +233,33 @@ def routing_row(paths: dict[str, Path], scores: ScoredRun) -> Row:
     """Agreement of expert choices with BF16."""
     found = {case: routing(CHECKPOINT, path, scores, case) for case, path in paths.items()}
     bound = next(iter(found.values())).alarm.bound
-    row = Row("fidelity: expert routing", f"at least {bound:g}")
+    row = Row("fidelity: experts shared", f"Jaccard index {bound:g} or more")
     for case, one in found.items():
-        row.cases[case] = (f"{one.same_set:.4f}", one.alarm.outcome == "fail")
+        row.cases[case] = (f"{one.jaccard:.4f}", one.alarm.outcome == "fail")
     return row
 
 
 @contextmanager
 def serving(path: Path, work: Path, label: str) -> Iterator[Target]:
-    """A running server of a checkpoint, dequantized if need be."""
-    model = path
-    if path != CHECKPOINT and not fp8_runs_here()[0]:
-        model = work / f"{path.name}-bf16"
-        if not (model / "config.json").is_file():
-            dequantize(path, model)
+    """A checkpoint, dequantized if need be; its server starts at the first question that is not answered."""
+
+    def spec() -> ServeSpec:
+        model = path
+        if path != CHECKPOINT and not fp8_runs_here()[0]:
+            model = work / f"{path.name}-bf16"
+            if not (model / "config.json").is_file():
+                dequantize(path, model)
+        return ServeSpec(model=model)
+
     digest = Checkpoint.open(path).digest()
-    with Server(ServeSpec(model=model), work / f"{label}.log") as server:
-        yield Target(server.url, "model", digest, label, work / "answers")
+    served = Served(label, digest, CHECKPOINT, work / f"{label}.log", spec, lambda _: None)
+    with served.running():
+        yield served.target(work / "answers")
 
 
 def ask(
     path: Path, work: Path, label: str, items: Sequence[Item], passages: list[Passage] | None, count: int
-) -> tuple[Served, list[Passage]]:
+) -> tuple[Said, list[Passage]]:
     """Everything that is asked of one server."""
     began = time.monotonic()
     with serving(path, work, label) as target:
@@ -263,7 +273,7 @@ def ask(
         if passages is None:
             again = score_passages(target, passages_given, scoring=Scoring(repetition=1), concurrency=3)
     print(f"{label}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return Served(accuracy, outputs, scores, again), passages_given
+    return Said(accuracy, outputs, scores, again), passages_given
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> str:

@@ -143,12 +143,12 @@ def test_expert_choices_agree_as_sets() -> None:
     other = [np.array([[1, 0], [2, 4], [6, 7], [7, 6]])]
     found = compare_routing(
         one, other, [3], names=("BF16", "FP8"), subjects=("a", "b"), source="the engine",
-        bounds=Bounds(min_routing_agreement=0.6),
+        bounds=Bounds(min_experts_shared=0.6),
     )  # fmt: skip
     assert found.same_set == 0.5 and found.jaccard == pytest.approx((1 + 1 / 3 + 0 + 1) / 4)
     assert found.alarm.outcome == "fail" and found.layers[0].layer == 3
     panel = fidelity_panel([], [found])
-    assert panel.subjects == ("a", "b") and "tokens and layers" in panel.summary
+    assert panel.subjects == ("a", "b") and "experts shared" in panel.summary
     with pytest.raises(MeasurementError, match="shapes"):
         compare_routing(one, [other[0][:2]], [3], names=("", ""), subjects=("", ""), source="")
 

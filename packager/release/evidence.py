@@ -26,6 +26,7 @@ from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
 from packager.release.benchmarks import Benchmarks, check_benchmarks, measure_benchmarks
+from packager.release.fidelity import Fidelity
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
 from packager.release.rubrics import RubricEvidence, conclude_rubrics, rubric_measurement
@@ -82,6 +83,7 @@ class Measured:
     """Short questions before and after the context was extended."""
     conduct: Conduct
     benchmarks: Benchmarks
+    fidelity: Fidelity
     rubrics: RubricEvidence
 
 
@@ -223,6 +225,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
     watch = Stopwatch()
 
+    fidelity = Fidelity(spec.fidelity, cache, say)
+
     def accuracy(served: Served) -> AccuracyRun:
         with watch.step(f"accuracy, {served.label}", served.subject):
             run = measure_accuracy(served.target(cache), asked.items, sampling=sampling)
@@ -264,6 +268,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with variants.bf16() as served:
             bf16 = accuracy(served)
             before = benchmarks(served)
+            with watch.step(f"token distributions, {served.label}", served.subject):
+                fidelity.reference(served, bf16, asked.spread(spec.fidelity.texts))
             if rubrics is not None:
                 with watch.step(f"rubrics, {served.label}", served.subject):
                     rubrics.measure(served)
@@ -276,12 +282,15 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
             after = benchmarks(served)
+            with watch.step(f"token distributions, {served.label}", served.subject):
+                fidelity.candidate(served)
             if rubrics is not None:
                 with watch.step(f"rubrics, {served.label}", served.subject):
                     rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
+            fidelity.candidate(served)
             reference = collect_outputs(served.target(cache), same, sampling=sampling)
             long_after = long_records(served, f"{weights}, YaRN")
             without_draft = throughput(served)
@@ -295,6 +304,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             with variants.dense(dense_path) as served:
                 dense = throughput(served, match=without_draft)
 
+    fidelity.experts(variants.source, workspace.fp8)
     long = tuple(run for run in (long_before, long_after) if run is not None)
     runs = (bf16, fp8, context, drafted)
     return Measured(
@@ -309,6 +319,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         patch=compare_accuracy(fp8, context, margin_points=margin_points(recipe.gates)),
         conduct=watch.conduct(),
         benchmarks=Benchmarks.compare(spec.benchmarks, before, after, margin_points(recipe.gates)),
+        fidelity=fidelity,
         rubrics=conclude_rubrics(recipe.gates, rubrics),
     )
 
@@ -399,6 +410,7 @@ def collect_evidence(
         found.with_draft,
         recipe.draft.num_speculative_tokens,
     )
+    alarms += found.fidelity.alarms()
     for line in alarms:
         say(f"  {line}")
     runs = {run.subject: run.label for run in (*found.accuracy, *((found.dense,) if found.dense else ()))}
@@ -426,6 +438,7 @@ def collect_evidence(
                 *found.rubrics.panels(),
                 short_context_panel(found.patch, found.long_comparison),
                 *panels,
+                *found.fidelity.panels(),
             ),
             conduct=found.conduct,
             stages=tuple(
