@@ -37,6 +37,9 @@ def test_what_is_served_names_the_bytes_and_how_they_are_served(tmp_path: Path) 
     assert found.spec(make=False).model == (artifact if fp8_runs_here()[0] else found.dequantized)
     assert not (tmp_path / "cache").exists()  # naming writes nothing
     assert servable(CHECKPOINT).subject.startswith("sha256:")
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps(language.heldout_items(1)[0]) + "\n")
+    assert run(["validate", "accuracy", "--items", str(items), "--serve", str(tmp_path)]) == 3
 
 
 def test_a_server_that_dies_under_a_measurement_is_said_with_its_cause(
