@@ -104,7 +104,7 @@ def test_two_checkpoints_are_served_in_turn_compared_and_stopped(
     items.write_text("".join(json.dumps(row) + "\n" for row in language.heldout_items(3, 2)))
     line = ["validate", "fidelity", "--items", str(items), "--cache", str(tmp_path / "answers"), "--json"]
     line += ["--reference-serve", str(CHECKPOINT), "--reference-label", "BF16", "--label", "FP8"]
-    line += ["--serve", str(artifact), "--max-tokens", "96", "--max-mean-kl", "0.00025"]
+    line += ["--serve", str(artifact), "--max-tokens", "96", "--max-mean-kl", "0.00025", "--experts", "4"]
     assert run(line) == 0
     said = capsys.readouterr()
     assert said.err.index("serving BF16") < said.err.index("serving FP8")
@@ -112,6 +112,7 @@ def test_two_checkpoints_are_served_in_turn_compared_and_stopped(
     fidelity = document["fidelity"]
     assert document["identity"]["n"] == 18 and fidelity["overall"]["tokens"] > 100
     assert 0 < fidelity["overall"]["kl_mean"] < 0.00025
+    assert 0.85 < document["experts"]["jaccard"] < 1
     assert fidelity["candidate_subject"] == servable(artifact).subject
     assert [
         p for p in psutil.Process().children(recursive=True) if "api_server" in " ".join(p.cmdline())

@@ -46,6 +46,8 @@ class _Server:
     target: Target
     out: Path | None
     as_json: bool
+    folder: Path | None
+    """What is served for it; None: a server that runs."""
 
 
 def _server(function: Callable[..., None]) -> Callable[..., None]:
@@ -55,7 +57,7 @@ def _server(function: Callable[..., None]) -> Callable[..., None]:
     def packed(label: str, cache: Path, out: Path | None, as_json: bool, **own: Any) -> None:
         chosen = {name: own.pop(name) for name in where()}
         with serving(chosen, label=label, cache=cache) as target:
-            function(_Server(target, out, as_json), **own)
+            function(_Server(target, out, as_json, chosen["serve"]), **own)
 
     shared = [
         *served_options(),
@@ -181,6 +183,13 @@ def accuracy(
     show_default=True,
     help="Tokens listed at each position of the texts that both score; 0: texts are compared alone.",
 )
+@click.option(
+    "--experts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Texts on which the experts of both checkpoints are compared; both must be given as folders.",
+)
 @click.option("--max-mean-kl", type=float, help="Alarm above this mean KL divergence, nats a token.")
 @click.option("--max-p99-kl", type=float, help="Alarm above this 99th percentile of it.")
 def fidelity(
@@ -191,6 +200,7 @@ def fidelity(
     concurrency: int,
     max_tokens: int,
     top_logprobs: int,
+    experts: int,
     max_mean_kl: float | None,
     max_p99_kl: float | None,
     **reference: Any,
@@ -205,6 +215,10 @@ def fidelity(
     from validation.fidelity import Bounds
     from validation.tasks import load_items
 
+    original: Path | None = reference["reference_serve"]
+    folders = (original, server.folder) if original is not None and server.folder is not None else None
+    if experts and (folders is None or not top_logprobs):
+        raise click.UsageError("--experts needs --serve, --reference-serve and --top-logprobs")
     named = {"max_mean_kl_nats": max_mean_kl, "max_p99_kl_nats": max_p99_kl}
     found = measure(
         server.target,
@@ -217,16 +231,18 @@ def fidelity(
         bounds=Bounds(**{name: bound for name, bound in named.items() if bound is not None}),
         progress=_progress,
         cache=server.target.cache,
+        folders=folders,
+        texts=experts,
     )
     _write(found.fidelity or found.identity, server.out)
     if server.as_json:
-        _emit(identity=found.identity, fidelity=found.fidelity)
+        _emit(identity=found.identity, fidelity=found.fidelity, experts=found.experts)
     else:
         show(found, _table, click.echo)
-    if found.fidelity is not None and found.fidelity.raised:
-        names = "; ".join(gate.name for gate in found.fidelity.raised)
+    if found.raised:
+        names = "; ".join(gate.name for gate in found.raised)
         raise GateFailed(
-            f"{found.fidelity.candidate} is further from {found.fidelity.reference} than the bounds allow: "
+            f"{found.identity.candidate} is further from {found.identity.reference} than the bounds allow: "
             f"{names}",
             "See the figures above; `packager verify --against` tells damage from rounding.",
         )
