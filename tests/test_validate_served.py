@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,11 +47,7 @@ def test_a_server_that_dies_under_a_measurement_is_said_with_its_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real server program that dies at its third answer; the answers before are kept."""
-    program = tmp_path / "program.py"
-    program.write_text(_DIES)
-    monkeypatch.setattr(
-        server, "vllm_command", lambda _spec, *, host, port: [sys.executable, str(program), host, str(port)]
-    )
+    _serve_with(monkeypatch, tmp_path, dies_at=3)
     served = Served(
         "doomed", "s", CHECKPOINT, tmp_path / "log", lambda: ServeSpec(CHECKPOINT), lambda _: None
     )
@@ -63,10 +60,46 @@ def test_a_server_that_dies_under_a_measurement_is_said_with_its_cause(
     assert len(path.read_bytes().splitlines()) == 1 + 2
 
 
-_DIES = """
-import json, os, sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+def test_reference_and_candidate_are_served_in_turn_never_together_and_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _serve_with(monkeypatch, tmp_path)
+    folders = [shutil.copytree(CHECKPOINT, tmp_path / name) for name in ("one", "two")]
+    (folders[1] / "generation_config.json").write_text("{}")  # another checkpoint by its digest
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(row) + "\n" for row in language.heldout_items(1)))
+    line = ["validate", "fidelity", "--items", str(items), "--cache", str(tmp_path / "answers"), "--json"]
+    line += ["--reference-serve", str(folders[0]), "--serve", str(folders[1]), "--top-logprobs", "0"]
+    assert run(line) == 0
+    said = capsys.readouterr()
+    assert said.err.index("serving reference") < said.err.index("serving candidate")
+    identity = json.loads(said.out)["identity"]
+    # Each answers with its folder's name, and says whether another server was there when it started.
+    assert {d["reference_text"] for d in identity["differences"]} == {"one alone"}
+    assert {d["candidate_text"] for d in identity["differences"]} == {"two alone"}
+    assert list(tmp_path.glob("*.running")) == []
 
+
+def _serve_with(monkeypatch: pytest.MonkeyPatch, folder: Path, *, dies_at: int = 0) -> None:
+    program = folder / "program.py"
+    program.write_text(_PROGRAM)
+
+    def command(spec: ServeSpec, *, host: str, port: int) -> list[str]:
+        return [sys.executable, str(program), host, str(port), str(spec.model), str(dies_at)]
+
+    monkeypatch.setattr(server, "vllm_command", command)
+
+
+_PROGRAM = """
+import json, os, signal, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+host, port, model, dies_at = sys.argv[1:]
+here = Path(__file__).parent
+alone = "together" if list(here.glob("*.running")) else "alone"
+mark = here / f"{Path(model).name}.running"
+mark.touch()
 answered = 0
 
 class Handler(BaseHTTPRequestHandler):
@@ -76,11 +109,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         global answered
         answered += 1
-        if answered == 3:
+        if answered == int(dies_at):
             print("OutOfMemoryError: no blocks left", flush=True)
             os._exit(1)
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply({"choices": [{"message": {"content": "ok"}, "finish_reason": "stop"}]})
+        text = f"{Path(model).name} {alone}"
+        tokens = [{"token": text, "logprob": -0.1, "top_logprobs": [{"token": text, "logprob": -0.1}]}]
+        self.reply({"choices": [{"message": {"content": text}, "finish_reason": "stop",
+                                 "logprobs": {"content": tokens}}]})
 
     def reply(self, value):
         data = json.dumps(value).encode()
@@ -89,35 +125,36 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-HTTPServer((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
+try:
+    HTTPServer((host, int(port)), Handler).serve_forever()
+except KeyboardInterrupt:
+    pass
+mark.unlink()
 """
 
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_two_checkpoints_are_served_in_turn_compared_and_stopped(
+def test_a_folder_is_served_scored_in_two_batches_and_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     artifact = quantized(tmp_path / "fp8")
     items = tmp_path / "items.jsonl"
-    items.write_text("".join(json.dumps(row) + "\n" for row in language.heldout_items(3, 2)))
+    items.write_text("".join(json.dumps(row) + "\n" for row in language.heldout_items(2, 2)))
     line = ["validate", "fidelity", "--items", str(items), "--cache", str(tmp_path / "answers"), "--json"]
-    line += ["--reference-serve", str(CHECKPOINT), "--reference-label", "BF16", "--label", "FP8"]
-    line += ["--serve", str(artifact), "--max-tokens", "96", "--max-mean-kl", "0.00025", "--experts", "4"]
+    # Against itself: one server answers, and scores its answers twice; for the candidate all is there.
+    line += ["--reference-serve", str(artifact), "--serve", str(artifact), "--max-tokens", "64"]
     assert run(line) == 0
     said = capsys.readouterr()
-    assert said.err.index("serving BF16") < said.err.index("serving FP8")
+    assert said.err.count("serving reference") == 1 and "serving candidate" not in said.err
     document = json.loads(said.out)
     fidelity = document["fidelity"]
-    assert document["identity"]["n"] == 18 and fidelity["overall"]["tokens"] > 100
-    assert 0 < fidelity["overall"]["kl_mean"] < 0.00025
-    assert 0.85 < document["experts"]["jaccard"] < 1
+    assert document["identity"]["n"] == document["identity"]["identical"] == 12
+    assert fidelity["overall"]["tokens"] > 60 and fidelity["overall"]["kl_max"] == 0.0
+    assert 0 <= fidelity["noise"]["kl_mean"] < 0.00025 and fidelity["noise"]["top1_agreement"] > 0.99
+    assert fidelity["overall"]["perplexity_reference"] < 1.2
     assert fidelity["candidate_subject"] == servable(artifact).subject
     assert [
         p for p in psutil.Process().children(recursive=True) if "api_server" in " ".join(p.cmdline())
     ] == []
-    # All of it is kept: the same command starts no server.
-    assert run(line) == 0
-    again = capsys.readouterr()
-    assert "serving" not in again.err and json.loads(again.out) == document
