@@ -14,7 +14,7 @@ LOCK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements/cuda.txt || e
 BIN := .venv/bin
 WORKSPACE ?= demo
 
-.PHONY: help venv demo test check lint lock bench bench-quantize bench-damage bench-client bench-draft clean
+.PHONY: help venv demo test check lint lock bench bench-quantize bench-damage bench-client bench-draft bench-verdict clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -104,6 +104,9 @@ bench-client: venv  ## throughput through our client against `vllm bench serve` 
 
 bench-draft: venv  ## training of a draft against a loop over speculators' parts, as a ratio of one run: 3 minutes
 	@exec $(BIN)/python benchmarks/draft_training.py
+
+bench-verdict: venv  ## coverage of intervals, false alarms and power of the gate, by simulation: a minute
+	@OMP_NUM_THREADS=1 exec $(BIN)/python benchmarks/verdict.py
 
 clean:  ## remove the demo workspace, caches and builds (keeps .venv)
 	@rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

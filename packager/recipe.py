@@ -292,6 +292,49 @@ class FidelitySpec(Spec):
     three times that."""
 
 
+class HealthBenchSpec(Spec):
+    """Rubrics graded by a judge: HealthBench's own files, or others of their form."""
+
+    rows: str
+    """JSONL of rubrics, or the folder that HealthBench was downloaded to."""
+    subset: Literal["main", "hard", "consensus"] = "main"
+    rows_digest: str | None = None
+    """`sha256:…` that the rows must have."""
+    examples: int | None = Field(default=None, gt=1)
+    """How many conversations are drawn; None: all."""
+    judge_url: str
+    """OpenAI-compatible server, without /v1."""
+    judge_model: str
+    judge_subject: str | None = None
+    """What judgements are kept under; None: model and URL."""
+    judge_key_env: str | None = None
+    """Environment variable that holds the judge's key; the key itself is in no file."""
+    meta: str | None = None
+    """Meta-evaluation that the judge must pass before its scores count; None: they do not count."""
+    min_balanced_f1: float = Field(default=0.7, ge=0, le=1)
+    max_output_tokens: int = Field(default=2048, gt=0)
+
+
+class BenchmarkSpec(Spec):
+    """Public benchmarks that BF16 and the quantized weights answer, by the names lm-eval gives them."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Tasks, groups or patterns, such as multimedqa, cmmlu_anatomy, careqa_en, gsm8k. Tasks that run code
+    which the model wrote (humaneval) are refused in a release."""
+    style: Literal["likelihood", "reasoning"] = "likelihood"
+    """reasoning: multiple choices are asked in chat, thought through, and ended with `Answer: X`."""
+    data: str | None = None
+    """Folder with data sets as <organisation>/<name>, before the hub."""
+    include: str | None = None
+    """Folder with task definitions (YAML) of one's own."""
+    limit: int | None = Field(default=None, gt=0)
+    """First N items of each task."""
+    fewshot: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    margin_points: float | None = Field(default=None, gt=0)
+    """Loss that the verdict counts as none; None: the margin of the gates."""
+
+
 class ValidateSpec(Spec):
     """What is measured, on how many items."""
 
@@ -309,6 +352,8 @@ class ValidateSpec(Spec):
     """Longest answer to an item."""
     dense_baseline: str | None = None
     """Folder of the dense checkpoint whose speed is compared; None: the nano's sibling, or not measured."""
+    benchmarks: tuple[BenchmarkSpec, ...] = ()
+    """Each entry is judged by the gates on accuracy, apart from the items."""
     draft_tokens: tuple[int, ...] = ()
     """Draft lengths K at which the release measures its draft, by concurrency, task, language and context, as
     `draft evaluate` does; the fastest at each concurrency goes into the serve settings. Empty: only
@@ -319,7 +364,15 @@ class ValidateSpec(Spec):
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
     fidelity: FidelitySpec = FidelitySpec()
+    noise_floor: bool = True
+    """Ask BF16 a second time, in another order and concurrency: what flips without any change."""
+    healthbench: HealthBenchSpec | None = None
+    """None: the nano's own rubrics and judge, or not measured."""
     seed: int = 0
+
+
+VerdictRule = Literal["non-inferior", "not inferior", "no loss shown"]
+"""What passes; `validation.verdict` says what each rule does by chance."""
 
 
 class GatesSpec(Spec):
@@ -327,6 +380,25 @@ class GatesSpec(Spec):
 
     max_accuracy_loss_points: float | None = None
     """Largest loss, in percentage points, of the quantized weights against BF16 (the point estimate)."""
+    accuracy_margin_points: float | None = Field(default=None, gt=0)
+    """Loss that verdicts still count as none; None: `max_accuracy_loss_points`, or 2."""
+    task_margins: dict[str, float] = {}
+    """Margins of single tasks, in points; a task named here gates by itself, by `accuracy_verdict`."""
+    accuracy_verdict: VerdictRule | None = None
+    """On the quantized weights against BF16, by the 95 % interval of the paired difference.
+    non-inferior: it must rule out a loss beyond the margin (needs enough items). not inferior: it must not
+    show one. no loss shown: the exact one-sided test must not show any loss at 2.5 %."""
+    served_verdict: VerdictRule | None = None
+    """The same of all that is served, with YaRN and the draft, on the same short items."""
+    safety_tasks: tuple[str, ...] = ()
+    """Tasks of which every item is one of safety, besides items whose meta says `safety: true`."""
+    max_safety_flips: int | None = Field(default=None, ge=0)
+    """Safety items that all that is served may turn from right to wrong, beyond those that BF16 itself flips
+    when asked twice."""
+    max_rubric_loss_points: float | None = Field(default=None, gt=0)
+    """Largest loss of the quantized weights' rubric score, in points of 100; also the verdict's margin."""
+    max_new_rubric_harm: int | None = Field(default=None, ge=0)
+    """Criteria with negative points that the quantized weights may meet where BF16 did not."""
     min_acceptance_length: float | None = None
     min_identical_fraction: float | None = None
     min_draft_speedup: float | None = None

@@ -46,7 +46,12 @@ def reduced_nano(path: Path, **sections: dict[str, Any]) -> Path:
         throughput_prompts=4,
         throughput_output_tokens=48,
     )
-    document["gates"] = {"max_accuracy_loss_points": 20, "min_identical_fraction": 0.9}
+    document["gates"] = {
+        "max_accuracy_loss_points": 20,
+        "min_identical_fraction": 0.9,
+        "accuracy_verdict": "not inferior",
+        "safety_tasks": ["allergy", "contraindication"],
+    }
     for name, changes in sections.items():
         document[name].update(changes)
     path.write_text(yaml.safe_dump(document), encoding="utf-8")

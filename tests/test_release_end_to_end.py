@@ -138,6 +138,34 @@ def test_the_evidence_says_how_the_weights_were_served(released: Released) -> No
     assert report["weights_served"] == ("native" if fp8_runs_here()[0] else "dequantized")
 
 
+def test_the_evidence_has_verdicts_the_cost_of_each_step_and_the_noise_floor(released: Released) -> None:
+    evidence = released.workspace / "evidence"
+    report = json.loads((evidence / "report.json").read_text(encoding="utf-8"))
+    panels = {panel["key"]: panel for panel in report["panels"]}
+    assert {"verdicts", "matrix", "noise-floor", "safety"} <= panels.keys()
+    steps = panels["matrix"]["tables"][1]["rows"]
+    assert [row[:3] for row in steps[:3]] == [
+        ["FP8", "BF16", "yes"], ["YaRN", "FP8", "yes"], ["EAGLE3", "FP8+YaRN", "yes"],
+    ]  # fmt: skip
+    assert panels["noise-floor"]["tables"][0]["rows"][0][:2] == ["BF16 again", 24]
+    # BF16 was truly asked twice: its second answers are kept apart.
+    kept = [
+        json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])["settings"]["subject"]
+        for path in (released.workspace / "work" / "measurements").glob("answers-*.jsonl")
+    ]
+    assert sum(subject.endswith(":again") for subject in kept) == 1
+    assert {"verdicts", "noise_floor", "steps_points"} <= read_manifest(evidence).metrics.keys()
+
+
+def test_the_report_has_rubrics_of_both_weights_by_a_qualified_judge(released: Released) -> None:
+    report = json.loads((released.workspace / "evidence" / "report.json").read_text(encoding="utf-8"))
+    [panel] = [panel for panel in report["panels"] if panel["key"] == "rubrics"]
+    scores = panel["tables"][0]
+    assert [row[0] for row in scores["rows"]] == ["BF16", "FP8"]
+    assert [row[-1] for row in scores["rows"]] == ["yes", "yes"]
+    assert len(panel["subjects"]) == 2
+
+
 def test_a_gate_that_fails_ends_with_4_keeps_the_evidence_and_serves_nothing_again(
     released: Released, tmp_path: Path
 ) -> None:

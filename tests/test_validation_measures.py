@@ -132,7 +132,7 @@ def test_runs_over_other_items_or_other_sampling_do_not_pair(tmp_path: Path) -> 
         ("", "no items"),
         ("{]", "line 1 is not JSON"),
         ("[1]", "not a JSON object"),
-        ('{"id": "a"}', "row 1: task"),
+        ('{"id": "a"}', "line 1: task"),
         ("SAME\nSAME", "occurs twice"),
     ],
 )

@@ -247,7 +247,7 @@ class Endpoint:
                 if job is None:
                     return
                 try:
-                    answer = self._attempt(connections, job, stop)
+                    answer = self.attempt(connections, job, stop)
                     if answer is None:
                         return
                     answers.add(job.key, answer)
@@ -274,8 +274,13 @@ class Endpoint:
         for worker in workers:
             worker.result()
 
-    def _attempt(self, connections: Connections, job: Job[Answer], stop: threading.Event) -> Answer | None:
-        """One request with retries; None when another request's failure ended the run."""
+    def attempt(self, connections: Connections, job: Job[Answer], stop: threading.Event) -> Answer | None:
+        """One request with retries; None when another request's failure ended the run.
+
+        Raises:
+            ServerUnreachable: it failed `attempts` times.
+            MeasurementError: the server rejects it.
+        """
         body = json.dumps(job.body).encode()
         reason = ""
         for attempt in range(self.attempts):

@@ -5,9 +5,10 @@ Measurements make their own panels and the report lays them out: a new measureme
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from validation.document import Document
 
@@ -31,6 +32,17 @@ class Table(Document):
     caption: str = ""
     columns: tuple[Column, ...] = Field(min_length=1)
     rows: tuple[tuple[Cell, ...], ...]
+    brief: bool = False
+    """Stands in the summary for continuous integration too; if no table of a panel does, its first one is."""
+
+    @field_validator("rows")
+    @classmethod
+    def _finite(cls, rows: tuple[tuple[Cell, ...], ...]) -> tuple[tuple[Cell, ...], ...]:
+        """A number that is not finite was not measured, as with gates; JSON has no word for it either."""
+        return tuple(
+            tuple(None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row)
+            for row in rows
+        )
 
     @model_validator(mode="after")
     def _rectangular(self) -> Table:
@@ -59,8 +71,11 @@ class Panel(Document):
     tables: tuple[Table, ...] = ()
     unfoldings: tuple[Unfolding, ...] = ()
     plots: tuple[tuple[str, str], ...] = ()
-    """(caption, SVG text) pairs."""
+    """(caption, SVG text) pairs: `str` of what `validation.report.plots` draws, or other SVG. Known shapes are
+    shown; anything that could run or load (scripts, links, images) is not."""
     notes: tuple[str, ...] = ()
     """What a reader must know to read the figures rightly."""
+    conditions: tuple[tuple[str, str], ...] = ()
+    """(name, value) pairs of how it was measured: data and their digest, sampling, seconds."""
     subjects: tuple[str, ...] = ()
     """Digests of what was measured; each must be among the report's subjects."""

@@ -48,9 +48,15 @@ def _printed(table: Table) -> Printed:
     from rich import box
     from rich.table import Table as Printed
 
-    printed = Printed(box=box.SIMPLE_HEAD, pad_edge=False, title=table.caption, title_justify="left")
+    printed = Printed(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=table.caption, title_justify="left"
+    )
     for column in table.columns:
-        printed.add_column(column.name, justify="left" if column.kind == "text" else "right")
+        if column.kind == "text":
+            printed.add_column(column.name, overflow="fold")
+        else:  # a heading may break between words, a figure nowhere
+            longest = max(map(len, column.name.split()))
+            printed.add_column(column.name, justify="right", min_width=longest)
     for row in table.rows:
         printed.add_row(*(_shown(value, column) for value, column in zip(row, table.columns, strict=True)))
     return printed

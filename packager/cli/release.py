@@ -148,7 +148,7 @@ def _print_plan(plan: DryRun) -> None:
     )
     click.echo("gates:")
     for name, bound in plan.gates:
-        click.echo(f"  {name}: {bound:g}")
+        click.echo(f"  {name}: {bound}" if isinstance(bound, str) else f"  {name}: {bound:g}")
     if plan.missing:
         click.echo("missing here:")
         for line in plan.missing:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from packager.cli import options
+from packager.cli import validate_verdict
+from packager.cli.measuring import (
+    EXISTING_FILE,
+    Server,
+    emit,
+    percent,
+    print_progress,
+    print_table,
+    read_run,
+    server_options,
+    write_run,
+)
+from packager.cli.validate_benchmark import benchmark
 from packager.cli.validate_claims import claims
-from packager.cli.validate_served import served_options, serving, where
+from packager.cli.validate_healthbench import healthbench
+from packager.cli.validate_medbench import medaibench, medbench
+from packager.cli.validate_served import served_options
 from packager.cli.validate_structure import structure
-from packager.errors import BadInput, GateFailed
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-    from validation.endpoint import Target
-    from validation.tasks import AccuracyComparison
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+from packager.errors import GateFailed
 
 
 @click.group()
@@ -35,44 +40,8 @@ def command() -> None:
     """
 
 
-command.add_command(structure)
-command.add_command(claims)
-
-
-@dataclass(frozen=True)
-class _Server:
-    """What the options that every measurement has say."""
-
-    target: Target
-    out: Path | None
-    as_json: bool
-    folder: Path | None
-    """What is served for it; None: a server that runs."""
-
-
-def _server(function: Callable[..., None]) -> Callable[..., None]:
-    """The options that every measurement of a server has, handed over as one `_Server`."""
-
-    @functools.wraps(function)
-    def packed(label: str, cache: Path, out: Path | None, as_json: bool, **own: Any) -> None:
-        chosen = {name: own.pop(name) for name in where()}
-        with serving(chosen, label=label, cache=cache) as target:
-            function(_Server(target, out, as_json, chosen["serve"]), **own)
-
-    shared = [
-        *served_options(),
-        click.option("--label", default="candidate", show_default=True, help="What tables call it."),
-        click.option(
-            "--cache",
-            type=click.Path(file_okay=False, path_type=Path),
-            default=Path(".packager-answers"),
-            show_default=True,
-            help="Folder that keeps answers and finished cells.",
-        ),
-        click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the run as JSON."),
-        options.as_json,
-    ]
-    return functools.reduce(lambda f, option: option(f), reversed(shared), packed)
+for _verb in (benchmark, claims, healthbench, medaibench, medbench, structure):
+    command.add_command(_verb)
 
 
 def _levels(_context: click.Context, _option: click.Parameter, value: str) -> list[int]:
@@ -95,81 +64,91 @@ def _reference_options(function: Callable[..., None]) -> Callable[..., None]:
 _items = click.option(
     "--items",
     "items_path",
-    type=_FILE,
+    type=EXISTING_FILE,
     required=True,
     help="JSONL of {id, task, language, messages, answer, meta}.",
 )
 
 
 @command.command()
-@_server
+@server_options
 @_items
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--reference", type=_FILE, help="Run of the original model (its --out) to compare with.")
-@click.option(
-    "--margin-points",
-    type=click.FloatRange(min=0, min_open=True),
-    default=2.0,
-    show_default=True,
-    help="Loss in percentage points that still counts as non-inferior.",
-)
+@validate_verdict.options
 def accuracy(
-    server: _Server,
+    server: Server,
     items_path: Path,
     concurrency: int,
     max_tokens: int,
-    reference: Path | None,
-    margin_points: float,
+    asked: validate_verdict.Asked,
 ) -> None:
-    """Exact-match accuracy on items with known answers; with --reference, the paired comparison.
+    """Exact-match accuracy on items with known answers; with --reference, the paired verdict.
 
-    Exits 4 if the comparison shows a loss beyond the margin. An inconclusive comparison exits 0 and says so.
+    Exits 4 if the rule fails: by default, if a loss beyond the margin is shown. An inconclusive comparison
+    says with how many items it would be decided.
     """
     from validation.endpoint import Sampling
-    from validation.tasks import AccuracyRun, compare_accuracy, load_items, measure_accuracy
+    from validation.noise import NoiseFloor, measure_noise
+    from validation.tasks import AccuracyRun, load_items, measure_accuracy
 
-    before = _read(AccuracyRun, reference) if reference is not None else None
+    before = read_run(AccuracyRun, asked.reference) if asked.reference is not None else None
+    floor = read_run(NoiseFloor, asked.noise) if asked.noise is not None else None
+    items = load_items(items_path)
     run = measure_accuracy(
         server.target,
-        load_items(items_path),
+        items,
         concurrency=concurrency,
         sampling=Sampling(max_tokens=max_tokens),
-        progress=_progress,
+        progress=print_progress,
     )
-    _write(run, server.out)
-    comparison = compare_accuracy(before, run, margin_points=margin_points) if before is not None else None
+    write_run(run, server.out)
+    noise = None
+    if asked.again is not None:
+        noise = measure_noise(
+            server.target,
+            items,
+            run,
+            margin_points=asked.margin_points,
+            first_concurrency=concurrency,
+            progress=print_progress,
+        )
+        write_run(noise, asked.again)
+    found = None if before is None else validate_verdict.conclude(asked, before, run, floor)
     if server.as_json:
-        _emit(run=run, comparison=comparison)
+        emit(
+            run=run,
+            comparison=found and found.comparison,
+            safety=found and found.safety,
+            gates=found and [*found.gates],
+            noise=noise,
+        )
     else:
         header = ["task", "items", "right", "accuracy %", "95 % interval", "commonest answer %"]
-        _table(
+        print_table(
             header,
             [
                 [
                     s.name,
                     s.n,
                     s.correct,
-                    _pc(s.accuracy),
-                    f"{_pc(s.low)} – {_pc(s.high)}",
-                    _pc(s.majority_share),
+                    percent(s.accuracy),
+                    f"{percent(s.low)} – {percent(s.high)}",
+                    percent(s.majority_share),
                 ]
                 for s in (run.overall, *run.by_task, *run.by_language)
             ],
         )
-        if comparison is not None:
-            _print_comparison(comparison)
-    if comparison is not None and comparison.overall.verdict == "inferior":
-        paired = comparison.overall
-        raise GateFailed(
-            f"{run.label} is inferior to {comparison.reference}: {paired.difference_points:+.1f} points, "
-            f"interval {paired.low_points:+.1f} to {paired.high_points:+.1f}, margin {margin_points:g}",
-            "Read the flips in the JSON document.",
-        )
+        if noise is not None:
+            validate_verdict.show_noise(noise)
+        if found is not None:
+            validate_verdict.show(found)
+    if found is not None:
+        validate_verdict.require(found)
 
 
 @command.command()
-@_server
+@server_options
 @_items
 @_reference_options
 @click.option("--reference-label", default="reference", show_default=True)
@@ -193,7 +172,7 @@ def accuracy(
 @click.option("--max-mean-kl", type=float, help="Alarm above this mean KL divergence, nats a token.")
 @click.option("--max-p99-kl", type=float, help="Alarm above this 99th percentile of it.")
 def fidelity(
-    server: _Server,
+    server: Server,
     items_path: Path,
     reference_label: str,
     prompts: int,
@@ -229,16 +208,16 @@ def fidelity(
         max_tokens=max_tokens,
         top=top_logprobs,
         bounds=Bounds(**{name: bound for name, bound in named.items() if bound is not None}),
-        progress=_progress,
+        progress=print_progress,
         cache=server.target.cache,
         folders=folders,
         texts=experts,
     )
-    _write(found.fidelity or found.identity, server.out)
+    write_run(found.fidelity or found.identity, server.out)
     if server.as_json:
-        _emit(identity=found.identity, fidelity=found.fidelity, experts=found.experts)
+        emit(identity=found.identity, fidelity=found.fidelity, experts=found.experts)
     else:
-        show(found, _table, click.echo)
+        show(found, print_table, click.echo)
     if found.raised:
         names = "; ".join(gate.name for gate in found.raised)
         raise GateFailed(
@@ -249,14 +228,16 @@ def fidelity(
 
 
 @command.command()
-@_server
+@server_options
 @_items
 @click.option("--trained-length", type=click.IntRange(min=1), required=True, help="Tokens before extension.")
-@click.option("--before", type=_FILE, help="Run before the context patch (its --out) to compare with.")
+@click.option(
+    "--before", type=EXISTING_FILE, help="Run before the context patch (its --out) to compare with."
+)
 @click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 def context(
-    server: _Server,
+    server: Server,
     items_path: Path,
     trained_length: int,
     before: Path | None,
@@ -268,7 +249,7 @@ def context(
     from validation.longcontext import LongRun, compare_long, measure_long
     from validation.tasks import load_items
 
-    earlier = _read(LongRun, before) if before is not None else None
+    earlier = read_run(LongRun, before) if before is not None else None
     items = [item for item in load_items(items_path) if "multiple" in item.meta]
     run = measure_long(
         server.target,
@@ -276,12 +257,12 @@ def context(
         trained_length=trained_length,
         concurrency=concurrency,
         sampling=Sampling(max_tokens=max_tokens, top_logprobs=None),
-        progress=_progress,
+        progress=print_progress,
     )
-    _write(run, server.out)
+    write_run(run, server.out)
     comparison = compare_long(earlier, run) if earlier is not None else None
     if server.as_json:
-        _emit(run=run, comparison=comparison)
+        emit(run=run, comparison=comparison)
         return
     paired = {p.scope: p for p in comparison.by_multiple} if comparison is not None else {}
     rows = []
@@ -290,15 +271,23 @@ def context(
         change = (
             "" if p is None else f"{p.difference_points:+.1f} ({p.low_points:+.1f} to {p.high_points:+.1f})"
         )
-        interval = f"{_pc(s.low)} – {_pc(s.high)}"
-        rows.append([f"{s.multiple}x", s.context_tokens, s.n, s.refused, _pc(s.accuracy), interval, change])
-    _table(["length", "tokens", "records", "refused", "found %", "95 % interval", "change, points"], rows)
+        interval = f"{percent(s.low)} – {percent(s.high)}"
+        rows.append(
+            [f"{s.multiple}x", s.context_tokens, s.n, s.refused, percent(s.accuracy), interval, change]
+        )
+    print_table(
+        ["length", "tokens", "records", "refused", "found %", "95 % interval", "change, points"], rows
+    )
 
 
 @command.command()
-@_server
+@server_options
 @click.option(
-    "--items", "items_path", type=_FILE, required=True, help="JSONL whose conversations are the prompts."
+    "--items",
+    "items_path",
+    type=EXISTING_FILE,
+    required=True,
+    help="JSONL whose conversations are the prompts.",
 )
 @click.option(
     "--tokenizer",
@@ -315,10 +304,12 @@ def context(
     help="Requests in flight, by commas.",
 )
 @click.option("--output-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--baseline", type=_FILE, help="Run of the baseline (its --out) to take the ratio to.")
-@click.option("--match", type=_FILE, help="Give each answer as many tokens as in this run (its --out).")
+@click.option("--baseline", type=EXISTING_FILE, help="Run of the baseline (its --out) to take the ratio to.")
+@click.option(
+    "--match", type=EXISTING_FILE, help="Give each answer as many tokens as in this run (its --out)."
+)
 def throughput(
-    server: _Server,
+    server: Server,
     items_path: Path,
     tokenizer: Path,
     prompts: int,
@@ -331,19 +322,19 @@ def throughput(
     from validation.tasks import load_items
     from validation.throughput import ThroughputRun, compare_throughput, measure_throughput
 
-    base = _read(ThroughputRun, baseline) if baseline is not None else None
+    base = read_run(ThroughputRun, baseline) if baseline is not None else None
     run = measure_throughput(
         server.target,
         tokenizer=tokenizer,
         prompts=load_items(items_path)[:prompts],
         concurrency=concurrency,
         output_tokens=output_tokens,
-        match=_read(ThroughputRun, match) if match is not None else None,
+        match=read_run(ThroughputRun, match) if match is not None else None,
     )
-    _write(run, server.out)
+    write_run(run, server.out)
     ratios = compare_throughput(base, run) if base is not None else []
     if server.as_json:
-        _emit(run=run, ratios=ratios)
+        emit(run=run, ratios=ratios)
         return
     by_level = {r.concurrency: f"{r.ratio:.2f}" for r in ratios}
     header = ["concurrency", "tokens/s", "TTFT ms", "TPOT ms", "TPOT p99", "acceptance length", "ratio"]
@@ -359,71 +350,4 @@ def throughput(
         ]
         for c in run.cells
     ]
-    _table(header, rows)
-
-
-def _print_comparison(comparison: AccuracyComparison) -> None:
-    click.echo(f"\n{comparison.candidate} against {comparison.reference}")
-    rows = []
-    for p in (comparison.overall, *comparison.by_task):
-        verdict = (
-            p.verdict if p.n_to_decide is None else f"{p.verdict} (about {p.n_to_decide} items would decide)"
-        )
-        interval = f"{p.low_points:+.1f} to {p.high_points:+.1f}"
-        counts = [p.only_reference, p.only_candidate, f"{p.p_value:.3g}"]
-        rows.append([p.scope, p.n, f"{p.difference_points:+.1f}", interval, *counts, verdict])
-    _table(["task", "items", "points", "95 % interval", "lost", "gained", "p", "verdict"], rows)
-
-
-def _read(kind: type[Any], path: Path) -> Any:
-    from pydantic import ValidationError
-
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as err:
-        first = err.errors()[0]["msg"] if isinstance(err, ValidationError) else err.strerror
-        raise BadInput(
-            f"{path} is not the JSON of such a run: {first}", "Give a file written by the same verb's --out."
-        ) from None
-
-
-def _write(document: BaseModel, out: Path | None) -> None:
-    if out is None:
-        return
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(document.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out)
-
-
-def _emit(**parts: Any) -> None:
-    import json
-
-    def plain(value: Any) -> Any:
-        return (
-            [plain(v) for v in value] if isinstance(value, list) else value and value.model_dump(mode="json")
-        )
-
-    click.echo(json.dumps({name: plain(part) for name, part in parts.items()}, ensure_ascii=False))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for k, name in enumerate(header):
-        table.add_column(name, justify="left" if k == 0 or name == "verdict" else "right")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    Console(highlight=False).print(table)
-
-
-def _pc(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _progress(done: int, total: int) -> None:
-    """A line now and then: at each tenth of the items."""
-    if done == total or done % max(1, total // 10) == 0:
-        click.echo(f"{done} of {total} answered", err=True)
+    print_table(header, rows)

@@ -71,7 +71,7 @@ def measure_draft(
             return record
     found = look_at(workspace.draft, target)
     result = evaluate_draft(plan, read_manifest(workspace.draft).metrics, lambda line: say(f"  {line}"))
-    record = record_of(result, bound, found, target=workspace.context.name, draft=workspace.draft.name)
+    record = record_of(result, bound, found, target=workspace.context.name, draft=recipe.name)
     write_record(kept, record)
     return record
 

@@ -40,6 +40,9 @@ def draft_panel(record: DraftRecord, key: str = "draft-evaluation") -> Panel:
     notes = [
         f"{record.prompts} prompts, answers up to {record.max_response_tokens} tokens, the fastest of "
         f"{record.repeats} passes on either side; speeds include reading the prompts.",
+        "Length: tokens a verification yields. Same answer: greedy, token for token, as without the draft; "
+        "unexplained are the answers that part before any near tie of the target.",
+        _ERRORS,
         *(f"The draft's files have a problem: {one}." for one in record.problems),
         *(
             f"K={run.num_speculative_tokens}: served and predicted acceptance are more than 5 % apart. Layer "
@@ -77,9 +80,10 @@ def comparison_panel(records: Sequence[DraftRecord]) -> Panel:
             if cell is None or cell.acceptance is None:
                 continue
             error = cell.acceptance.standard_error(record.repeats)
-            base = other.by_concurrency.get(low) if other is not None and record is not records[0] else None
             difference = spread = None
-            if base is not None and base.acceptance is not None:
+            if record is records[0]:
+                difference = spread = 0.0
+            elif other is not None and (base := other.by_concurrency.get(low)) and base.acceptance:
                 difference = cell.acceptance.length - base.acceptance.length
                 spread = (error**2 + base.acceptance.standard_error(records[0].repeats) ** 2) ** 0.5
                 said.append(
@@ -128,6 +132,7 @@ def comparison_panel(records: Sequence[DraftRecord]) -> Panel:
         tables=tuple(tables),
         notes=(
             _ERRORS,
+            "Speeds are over the server without a draft of each evaluation's own run.",
             *(
                 ["Not all were measured on the same machine: speeds do not compare."]
                 if len(machines) > 1
@@ -192,8 +197,6 @@ def _length(cell: Cell) -> str:
 
 def _by_concurrency(record: DraftRecord) -> Table:
     rows: list[tuple[Value, ...]] = []
-    for level, cell in record.without_draft.by_concurrency.items():
-        rows.append((0, level, cell.tokens_per_s, 1.0, None, None, None, None, None))
     for run in record.with_draft:
         for level, cell in run.by_concurrency.items():
             accepted, same = cell.acceptance, cell.identity
@@ -201,6 +204,7 @@ def _by_concurrency(record: DraftRecord) -> Table:
                 (
                     run.num_speculative_tokens,
                     level,
+                    record.without_draft.by_concurrency[level].tokens_per_s,
                     cell.tokens_per_s,
                     run.speedup.get(level),
                     accepted.length if accepted else None,
@@ -211,17 +215,18 @@ def _by_concurrency(record: DraftRecord) -> Table:
                 )
             )
     return Table(
-        caption="By draft length (0: no draft) and concurrency",
+        caption="By draft length and concurrency",
         columns=(
             Column(name="K", digits=0),
             Column(name="concurrency", digits=0),
-            Column(name="output", unit="tokens/s", digits=0),
+            Column(name="without", unit="tokens/s", digits=0),
+            Column(name="with", unit="tokens/s", digits=0),
             Column(name="speed", unit="x", digits=2),
-            Column(name="acceptance length", unit="tokens", digits=2),
-            Column(name="standard error", unit="tokens", digits=3),
+            Column(name="length", digits=2),
+            Column(name="standard error", digits=3),
             Column(name="accepted by position", kind="text"),
             Column(name="same answer", kind="text"),
-            Column(name="differ before a near tie", digits=0),
+            Column(name="unexplained", digits=0),
         ),
         rows=tuple(rows),
     )

@@ -2,8 +2,9 @@
 
 Five servers, one after another, because two on one machine spoil each other's speed:
 
-    BF16 source                     accuracy
-    quantized                       accuracy; long records with the position limit lifted but no YaRN
+    BF16 source                     accuracy, twice: what flips anyway is the noise floor; benchmarks, rubrics
+    quantized                       accuracy, benchmarks, rubrics; long records, the position limit lifted but
+                                    no YaRN
     quantized + YaRN                accuracy, greedy texts, long records, speed without the draft
     quantized + YaRN + draft        accuracy, greedy texts, acceptance, speed with the draft
     dense baseline                  speed at the same answer lengths
@@ -24,11 +25,14 @@ from packager.artifact import ArtifactWriter, Manifest, read_manifest
 from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
+from packager.release.benchmarks import Benchmarks, check_benchmarks, measure_benchmarks
 from packager.release.fidelity import Fidelity
 from packager.release.figures import stage_figures
 from packager.release.pipeline import StageResult
+from packager.release.rubrics import RubricEvidence, conclude_rubrics, rubric_measurement
 from packager.release.served import Served
 from packager.release.variants import Variants
+from packager.release.verdicts import Verdicts, check_tasks, conclude, margin_points
 from packager.release.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from validation.identity import IdentityResult
     from validation.longcontext import LongComparison, LongRun
     from validation.report import Report
-    from validation.tasks import AccuracyComparison, AccuracyRun, Item
+    from validation.tasks import AccuracyRun, Item
     from validation.throughput import ThroughputRun
 
 Say = Callable[[str], None]
@@ -63,7 +67,7 @@ class Measured:
     """All that was measured; None: not measured."""
 
     accuracy: tuple[AccuracyRun, ...]
-    comparisons: tuple[AccuracyComparison, ...]
+    verdicts: Verdicts
     identity: IdentityResult | None
     long: tuple[LongRun, ...]
     long_comparison: LongComparison | None
@@ -71,6 +75,8 @@ class Measured:
     with_draft: ThroughputRun
     dense: ThroughputRun | None
     fidelity: Fidelity
+    benchmarks: Benchmarks
+    rubrics: RubricEvidence
 
 
 def questions(recipe: Recipe, source: Path, trained_length: int) -> Questions:
@@ -174,17 +180,19 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     from validation.endpoint import Sampling
     from validation.identity import collect_outputs, compare_outputs
     from validation.longcontext import compare_long, measure_long
-    from validation.tasks import compare_accuracy, measure_accuracy
+    from validation.noise import measure_noise
+    from validation.tasks import measure_accuracy
     from validation.throughput import measure_throughput
 
     spec, weights = recipe.validate_, recipe.quantize.weights
     trained = BailingConfig.load(variants.source).max_position_embeddings
     asked = questions(recipe, variants.source, trained)
+    check_tasks(recipe.gates, asked.items)
+    check_benchmarks(spec.benchmarks)
     cache = workspace.work / "measurements"
     sampling = Sampling(max_tokens=spec.max_output_tokens, seed=spec.seed)
     long_sampling = Sampling(max_tokens=LONG_OUTPUT_TOKENS, seed=spec.seed)
     same, speed = asked.spread(spec.identity_prompts), asked.spread(spec.throughput_prompts)
-    margin = recipe.gates.max_accuracy_loss_points or 2.0
 
     fidelity = Fidelity(spec.fidelity, cache, say)
 
@@ -200,7 +208,7 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
             served.target(cache, label), asked.long, trained_length=trained, sampling=long_sampling
         )
 
-    with BenchClient() as bench:
+    with BenchClient() as bench, rubric_measurement(recipe, cache, sampling, say) as rubrics:
 
         def throughput(served: Served, match: ThroughputRun | None = None) -> ThroughputRun:
             run = measure_throughput(
@@ -220,9 +228,20 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with variants.bf16() as served:
             bf16 = accuracy(served)
             fidelity.reference(served, bf16, asked.spread(spec.fidelity.texts))
+            before = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            if rubrics is not None:
+                rubrics.measure(served)
+            noise = None
+            if spec.noise_floor:
+                margin = margin_points(recipe.gates)
+                noise = measure_noise(served.target(cache), asked.items, bf16, margin_points=margin)
+                say(f"  {served.label} again: {noise.flips} of {bf16.overall.n} flip without any change")
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
             fidelity.candidate(served)
+            after = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            if rubrics is not None:
+                rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
         with variants.context() as served:
             context = accuracy(served)
@@ -242,11 +261,10 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
 
     fidelity.experts(variants.source, workspace.fp8)
     long = tuple(run for run in (long_before, long_after) if run is not None)
+    runs = (bf16, fp8, context, drafted)
     return Measured(
-        accuracy=(bf16, fp8, context, drafted),
-        comparisons=tuple(
-            compare_accuracy(bf16, run, margin_points=margin) for run in (fp8, context, drafted)
-        ),
+        accuracy=runs,
+        verdicts=conclude(recipe.gates, weights, runs, noise),
         identity=compare_outputs(reference, candidate) if same else None,
         long=long,
         long_comparison=compare_long(*long) if len(long) == 2 else None,
@@ -254,6 +272,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         with_draft=with_draft,
         dense=dense,
         fidelity=fidelity,
+        benchmarks=Benchmarks.compare(spec.benchmarks, before, after, margin_points(recipe.gates)),
+        rubrics=conclude_rubrics(recipe.gates, rubrics),
     )
 
 
@@ -262,7 +282,8 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
     from validation.gates import at_least, at_most
     from validation.throughput import compare_throughput
 
-    fp8 = found.comparisons[0].overall
+    first = found.verdicts.comparisons[0]
+    fp8 = first.overall
     single, drafted = found.without_draft.cells[0], found.with_draft.cells[0]
     acceptance = drafted.acceptance.length if drafted.acceptance else None
     identity = found.identity
@@ -273,12 +294,15 @@ def judge(spec: GatesSpec, found: Measured) -> tuple[Gate, ...]:
     unexplained = sum(not d.near_tie for d in identity.differences) if identity else None
     return (
         at_most(
-            f"accuracy lost by {found.comparisons[0].candidate} against BF16",
+            f"accuracy lost by {first.candidate} against BF16",
             0.0 - fp8.difference_points,  # a sign alone would make -0 of no difference
             spec.max_accuracy_loss_points,
             "points",
             f"interval of the difference {fp8.low_points:+.1f} to {fp8.high_points:+.1f}; {fp8.verdict}",
         ),
+        *found.verdicts.gates(spec),
+        *found.benchmarks.gates(spec),
+        *found.rubrics.gates(spec),
         at_least(
             "greedy outputs identical with and without the draft",
             identity.identical_fraction if identity else None,
@@ -353,14 +377,20 @@ def collect_evidence(
             weights_note=variants.why_dequantized,
             environment=collect_environment(),
             accuracy=found.accuracy,
-            comparisons=found.comparisons,
+            comparisons=found.verdicts.comparisons,
             identity=(found.identity,) if found.identity else (),
             long_context=found.long,
             long_comparison=found.long_comparison,
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
-            panels=(*panels, *found.fidelity.panels()),
+            panels=(
+                *found.verdicts.panels(recipe.gates),
+                *found.benchmarks.panels(),
+                *found.rubrics.panels(),
+                *panels,
+                *found.fidelity.panels(),
+            ),
             stages=tuple(
                 StageFigures(
                     stage=stage.name,
@@ -418,14 +448,14 @@ def speculation(without: ThroughputRun, drafted: ThroughputRun, tokens: int) -> 
 
 def summary(report: Report, found: Measured) -> dict[str, Any]:
     """The figures that a table of stages needs, for the manifest; the report has all of them."""
-    fp8 = found.comparisons[0].overall
+    fp8 = found.verdicts.comparisons[0].overall
     plain, drafted = found.without_draft.cells[0], found.with_draft.cells[0]
     return {
         "outcome": report.outcome,
         "gates": [gate.model_dump(mode="json") for gate in report.gates],
         "weights_served": report.weights_served,
         "accuracy": {run.label: [run.overall.correct, run.overall.n] for run in report.accuracy},
-        "weights": found.comparisons[0].candidate,
+        "weights": found.verdicts.comparisons[0].candidate,
         "fp8_difference_points": [fp8.difference_points, fp8.low_points, fp8.high_points],
         "identical": [found.identity.identical, found.identity.n] if found.identity else None,
         "long_records": {
@@ -439,4 +469,4 @@ def summary(report: Report, found: Measured) -> dict[str, Any]:
             "with_draft": drafted.output_tokens_per_s,
             "dense": found.dense.cells[0].output_tokens_per_s if found.dense else None,
         },
-    }
+    } | found.verdicts.summary()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from packager.checkpoint.source import read_json_object
 from packager.draft.states_file import bytes_per_token
 from packager.errors import BadInput
 from packager.recipe import Recipe, SchemeName
+from packager.release.rubrics import rubric_trouble
 from packager.release.workspace import packaged_checkpoint
 from packager.serving.plan import fit, model_bytes, smallest
 from validation.hardware import GB, Hardware, parse_hardware
@@ -86,7 +87,7 @@ class DryRun:
     """What the quantized ones are called: FP8, INT8 or INT4."""
     sizes: Sizes
     stages: tuple[StagePlan, ...]
-    gates: tuple[tuple[str, float], ...]
+    gates: tuple[tuple[str, float | str], ...]
     peak_disk: int
     """Bytes in the workspace at its end, the source and all that may be deleted (`work/`) included."""
     missing: tuple[str, ...]
@@ -144,14 +145,19 @@ def plan_release(recipe: Recipe, path: Path) -> DryRun:
     )
 
 
-def _bounds(recipe: Recipe) -> tuple[tuple[str, float], ...]:
+def _bounds(recipe: Recipe) -> tuple[tuple[str, float | str], ...]:
     """Gates that are set; the accuracy asked of long records only beside their length."""
     return tuple(
-        (name, bound)
+        (name, bound if isinstance(bound, (int, float, str)) else _listed(bound))
         for name, bound in recipe.gates
-        if bound is not None
+        if bound not in (None, (), {})
         and (name != "min_long_accuracy" or recipe.gates.min_long_context_tokens is not None)
     )
+
+
+def _listed(named: Mapping[str, float] | Sequence[str]) -> str:
+    pairs = [f"{name} {bound:g}" for name, bound in named.items()] if isinstance(named, Mapping) else named
+    return ", ".join(pairs)
 
 
 def _configuration(recipe: Recipe, path: Path) -> tuple[BailingConfig, bool]:
@@ -283,6 +289,7 @@ def _undecided(
         missing.append("validate.items_file: items to validate with")
     if not nano and recipe.gates.min_ratio_to_dense is not None and recipe.validate_.dense_baseline is None:
         missing.append("validate.dense_baseline: the gate min_ratio_to_dense has nothing to compare with")
+    missing.extend(rubric_trouble(recipe))
     if recipe.context.length % config.max_position_embeddings:
         missing.append(
             f"context.length: {recipe.context.length} is not a multiple of the trained length "

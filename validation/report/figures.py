@@ -6,9 +6,19 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from validation.longcontext import LongShare
+from validation.longcontext import LongCell, LongRun, LongShare
 from validation.report.model import Report, signed
-from validation.report.plots import Group, Row, bars, intervals, points_scale, share_scale, speed_scale
+from validation.report.plots import (
+    Group,
+    Heat,
+    Row,
+    bars,
+    heat_map,
+    intervals,
+    points_scale,
+    share_scale,
+    speed_scale,
+)
 from validation.tasks.accuracy import Share
 
 _TONES = ("one", "two", "three")
@@ -23,6 +33,9 @@ def figures(report: Report) -> dict[str, Markup]:
         plots["differences"] = _differences(report)
     if report.long_context:
         plots["long"] = _long(report)
+    for index, run in enumerate(report.long_context):
+        if run.grid:
+            plots[f"grid-{index}"] = depth_grid(run)
     if report.throughput:
         plots["throughput"] = _throughput(report)
     if any(cell.acceptance for run in report.throughput for cell in run.cells):
@@ -44,12 +57,12 @@ def accuracy_shares(report: Report) -> list[list[Share]]:
     return rows
 
 
-def multiples(report: Report) -> list[int]:
+def multiples(report: Report) -> list[int | float]:
     """The multiples of the trained length that any run has."""
     return sorted({s.multiple for run in report.long_context for s in run.by_multiple})
 
 
-def at_multiple(shares: Sequence[LongShare], multiple: int) -> LongShare | None:
+def at_multiple(shares: Sequence[LongShare], multiple: int | float) -> LongShare | None:
     """The share at one multiple, if it was measured."""
     return next((s for s in shares if s.multiple == multiple), None)
 
@@ -105,8 +118,32 @@ def _long(report: Report) -> Markup:
             for i, run in enumerate(report.long_context)
         ]
         rows = [_share_row(label, s, _tone(i)) for i, label, s in shares if s is not None]
-        groups.append(Group(f"{multiple}× the trained length", rows))
+        groups.append(Group(f"{multiple:g}× the trained length", rows))
     return intervals("Retrieval from long records", groups, share_scale())
+
+
+def depth_grid(run: LongRun) -> Markup:
+    """Depth by length: the share found, and its Wilson interval, in per cent."""
+    lengths = sorted({cell.multiple for cell in run.grid})
+    depths = sorted({(c.depth_low or 0.0, c.depth_high or 0.0) for c in run.grid})
+    at = {(c.multiple, c.depth_low or 0.0): c for c in run.grid}
+
+    def heat(cell: LongCell | None) -> Heat | None:
+        if cell is None:
+            return None
+        return Heat(cell.accuracy, f"{100 * cell.accuracy:.0f} %", f"{100 * cell.low:.0f}–{100 * cell.high:.0f}")
+
+    rows = []
+    for low, high in depths:
+        label = f"{100 * low:.0f} %" if low == high else f"{100 * low:.0f} – {100 * high:.0f} %"
+        rows.append((label, [heat(at.get((length, low))) for length in lengths]))
+    columns = [_tokens(round(length * run.trained_length)) for length in lengths]
+    title = f"Values found by depth and length, {run.label}"
+    return heat_map(title, columns, rows, across="tokens, by depth in the record")
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K" if count >= 8192 and count % 1024 == 0 else f"{count:,}"
 
 
 def _throughput(report: Report) -> Markup:

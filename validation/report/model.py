@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from validation.conduct import Conduct
 from validation.document import Document
+from validation.endpoint import Sampling
 from validation.environment import Environment
 from validation.errors import MeasurementError
 from validation.gates import Gate, overall
@@ -17,6 +21,9 @@ from validation.panel import Panel
 from validation.tasks.accuracy import AccuracyRun
 from validation.tasks.comparison import AccuracyComparison
 from validation.throughput import DecodeSpeed, Ratio, ThroughputRun, compare_throughput
+
+SCHEMA_VERSION = 2
+"""Of report.json. It goes up when a field is taken away or changes its meaning, not when one is added."""
 
 
 class Subject(Document):
@@ -68,6 +75,8 @@ class ReportInputs(Document):
     gates: tuple[Gate, ...] = ()
     panels: tuple[Panel, ...] = ()
     """Measurements that bring their own tables."""
+    conduct: Conduct | None = None
+    """When it ran and how long each part took; None: not recorded."""
     stages: tuple[StageFigures, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -75,7 +84,7 @@ class ReportInputs(Document):
 class Report(ReportInputs):
     """The inputs and what follows from them."""
 
-    schema_version: int = 1
+    schema_version: Literal[2] = SCHEMA_VERSION
     outcome: Literal["pass", "fail", "not measured"]
     headlines: tuple[Headline, ...]
     ratios: tuple[Ratio, ...]
@@ -88,6 +97,30 @@ class Report(ReportInputs):
     def subject_name(self, digest: str) -> str:
         """The name of a measured subject."""
         return next(s.name for s in self.subjects if s.digest == digest)
+
+    def asked(self) -> Iterator[Asked]:
+        """The data sets that models were asked, each once, with the sampling of the answers."""
+        seen: set[tuple[str, str]] = set()
+        runs: list[tuple[str, AccuracyRun | LongRun]] = [("Items with known answers", r) for r in self.accuracy]
+        runs += [("Long records", r) for r in self.long_context]
+        for name, run in runs:
+            key = (run.items_digest, run.sampling.model_dump_json())
+            if key not in seen:
+                seen.add(key)
+                yield Asked(name, run.items_digest, len(run.results), run.sampling)
+        prompts = {(r.prompts_digest, r.prompts) for r in self.throughput}
+        for digest, count in sorted(prompts):
+            yield Asked("Prompts of the speed", digest, count, None)
+
+
+class Asked(NamedTuple):
+    """A data set as it was put to models."""
+
+    name: str
+    digest: str
+    count: int
+    sampling: Sampling | None
+    """None: greedy, as the load generator has it."""
 
 
 def build_report(inputs: ReportInputs) -> Report:
@@ -137,12 +170,26 @@ def read_report(path: Path) -> Report:
     """Read report.json.
 
     Raises:
-        MeasurementError: missing, malformed, or with a gate that contradicts its own figures.
+        MeasurementError: missing, malformed, of another schema version, or with a gate that contradicts its
+            own figures.
     """
     try:
-        return Report.model_validate_json(path.read_bytes())
+        written = path.read_bytes()
+        document: Any = json.loads(written)
     except OSError as err:
         raise MeasurementError(f"cannot read the report {path}: {err.strerror}") from None
+    except ValueError as err:
+        raise MeasurementError(f"{path} is not a validation report: {err}") from None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise MeasurementError(
+            f"the report {path} has schema version {version}; this release reads version {SCHEMA_VERSION}",
+            "Validate again: answers that were kept are not asked again."
+            if version < SCHEMA_VERSION
+            else "Read it with the release of this software that wrote it, or a later one.",
+        )
+    try:
+        return Report.model_validate_json(written)
     except ValidationError as err:
         first = err.errors()[0]
         raise MeasurementError(
@@ -222,7 +269,7 @@ def _headlines(inputs: ReportInputs, ratios: list[Ratio]) -> list[Headline]:
         longest = records.by_multiple[-1]
         lines.append(
             Headline(
-                label=f"Retrieval at {longest.multiple}× the trained length",
+                label=f"Retrieval at {longest.multiple:g}× the trained length",
                 value=f"{100 * longest.accuracy:.0f} %",
                 detail=f"{records.label}, {longest.correct} of {longest.n} records; 95 % interval "
                 f"{100 * longest.low:.0f} to {100 * longest.high:.0f} %",

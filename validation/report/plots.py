@@ -148,3 +148,68 @@ def speed_scale(values: Sequence[float]) -> Scale:
         m * magnitude for m in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if m * magnitude >= top * (1 - 1e-9)
     )
     return Scale(0.0, end, [(0.0, "0"), (end / 2, f"{end / 2:g}"), (end, f"{end:g}")])
+
+
+class Heat(NamedTuple):
+    """One cell of a heat map."""
+
+    share: float
+    """0 to 1; the depth of the colour."""
+    text: str
+    below: str = ""
+    """A second, smaller line."""
+
+
+_CELL_HEIGHT = 42
+
+
+def heat_map(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Heat | None]]],
+    *,
+    across: str = "",
+) -> Markup:
+    """Rows of coloured cells, each with its figure: colour alone is not read by everyone. None: not measured.
+
+    Args:
+        title: read out by screen readers.
+        rows: (label, one cell a column).
+        across: what the columns are; stands above their labels.
+    """
+    width = 100 / max(1, len(columns))
+
+    def cell(at: int, heat: Heat | None) -> Markup:
+        x, middle = round(at * width, 2), round((at + 0.5) * width, 2)
+        box = Markup('<rect class="{}" x="{}%" y="1" width="{}%" height="{}" fill-opacity="{}"/>').format(
+            "heat none" if heat is None else "heat",
+            x,
+            round(width - 0.4, 2),
+            _CELL_HEIGHT - 2,
+            0 if heat is None else round(0.06 + 0.84 * min(1.0, max(0.0, heat.share)), 3),
+        )
+        if heat is None:
+            return box + _words(middle, 26, "–")
+        kind = "on" if heat.share > 0.55 else "off"
+        if not heat.below:
+            return box + _words(middle, 26, heat.text, kind)
+        return box + _words(middle, 18, heat.text, f"{kind} strong") + _words(middle, 34, heat.below, kind)
+
+    parts = [Markup('<div class="plot heat" role="group" aria-label="{}">').format(title)]
+    if across:
+        parts.append(Markup('<div></div><div class="label over">{}</div><div></div>').format(across))
+    heads = Markup("").join(_words(round((at + 0.5) * width, 2), 13, name) for at, name in enumerate(columns))
+    parts.append(Markup('<div></div><svg height="18">{}</svg><div></div>').format(heads))
+    for label, cells in rows:
+        drawing = Markup("").join(cell(at, heat) for at, heat in enumerate(cells))
+        parts.append(
+            Markup('<div class="label">{}</div><svg height="{}">{}</svg><div></div>').format(
+                label, _CELL_HEIGHT, drawing
+            )
+        )
+    parts.append(Markup("</div>"))
+    return Markup("").join(parts)
+
+
+def _words(x: float, y: int, text: str, kind: str = "") -> Markup:
+    return Markup('<text class="{}" x="{}%" y="{}" text-anchor="middle">{}</text>').format(kind, x, y, text)

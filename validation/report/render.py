@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from validation.endpoint import Sampling
 from validation.report.figures import accuracy_shares, at_multiple, figures, multiples, percent
+from validation.report.layout import SUMMARY_CHARACTERS, anchors, heading, page_parts, summaries
 from validation.report.model import Report, signed
 
 
@@ -52,17 +56,48 @@ def verdict(report: Report) -> str:
 
 
 def html_page(report: Report) -> str:
-    """One page without scripts and without anything to load."""
+    """One page with nothing to load. Its one script sorts and unfolds; without it the page is whole.
+
+    The page's security policy names that script by its digest, so nothing else in it can run.
+    """
     environment = _environment(autoescape=True)
-    css = Markup(environment.get_template("report.css.jinja").render())
+    script = environment.get_template("report.js.jinja").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.jinja").render(
-        css=css, plots=figures(report), **_context(report)
+        css=Markup(environment.get_template("report.css.jinja").render()),
+        script=Markup(script),
+        script_hash=Markup(f"sha256-{digest}"),
+        plots=figures(report),
+        parts=page_parts(report),
+        contents=_contents(report),
+        **_context(report),
     )
 
 
 def markdown(report: Report) -> str:
-    """A summary for a continuous-integration page or a terminal."""
-    return _environment(autoescape=False).get_template("report.md.jinja").render(**_context(report))
+    """A summary for a continuous-integration page or a terminal; panels as far as they fit."""
+    template = _environment(autoescape=False).get_template("report.md.jinja")
+    context = _context(report)
+    bare = template.render(panels="", **context)
+    return template.render(panels=summaries(report, SUMMARY_CHARACTERS - len(bare)), **context)
+
+
+def _contents(report: Report) -> list[tuple[str, str]]:
+    """Link target and title of each section, in the page's order."""
+    found = [
+        ("gates", "Gates"),
+        ("measured", "What was measured"),
+        ("accuracy", "Accuracy"),
+        ("same-output", "Same output, token for token"),
+        ("long-records", "Long records"),
+    ]
+    found += [(anchor, p.title) for anchor, p in zip(anchors(report.panels), report.panels, strict=True)]
+    found.append(("speed", "Speed"))
+    if report.stages:
+        found.append(("made", "How it was made"))
+    if report.notes:
+        found.append(("notes", "Notes"))
+    return found
 
 
 def junit_xml(report: Report) -> str:
@@ -108,6 +143,31 @@ def figure(value: float | None, unit: str = "") -> str:
     return f"{text} {unit}".rstrip()
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _sampling(sampling: Sampling | None) -> str:
+    if sampling is None:
+        return "greedy"
+    seed = "no seed" if sampling.seed is None else f"seed {sampling.seed}"
+    return (
+        f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, {seed}, "
+        f"at most {sampling.max_tokens} tokens"
+    )
+
+
+_KINDS = {
+    "dose": "a dose",
+    "allergy": "an allergy",
+    "laboratory": "a laboratory value",
+    "later": "the later of two conflicting notes",
+}
+
+
 def _plain(value: str | int | float) -> str:
     return value if isinstance(value, str) else figure(float(value))
 
@@ -125,6 +185,10 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         "signed": signed,
         "figure": figure,
         "plain": _plain,
+        "heading": heading,
+        "duration": duration,
+        "sampling": _sampling,
+        "kind": lambda kind: _KINDS.get(kind, kind),
         "ms": lambda v: f"{v:.1f}" if v < 100 else f"{v:,.0f}",
         "sentence": lambda text: text[:1].upper() + text[1:].rstrip(".") + ".",
         "short": lambda digest: digest.removeprefix("sha256:")[:12],
@@ -160,7 +224,7 @@ def _context(report: Report) -> dict[str, Any]:
                 "tokens": f"{some.context_tokens:,}",
                 "n": some.n,
                 "shares": shares_,
-                "paired": paired.get(f"{multiple}x"),
+                "paired": paired.get(f"{multiple:g}x"),
             }
         )
     speed_rows = [
@@ -177,6 +241,7 @@ def _context(report: Report) -> dict[str, Any]:
     ]
     return {
         "r": report,
+        "asked": list(report.asked()),
         "verdict": verdict(report),
         "accuracy_rows": accuracy_rows,
         "long_rows": long_rows,

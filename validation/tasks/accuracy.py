@@ -10,7 +10,7 @@ from validation.endpoint import Progress, Sampling, Target
 from validation.errors import MeasurementError
 from validation.statistics import wilson
 from validation.tasks.items import Item, items_digest
-from validation.tasks.scoring import extract_answer, is_correct, normalise
+from validation.tasks.scoring import normalise, refuse_rubrics, score
 
 
 class ItemResult(Document):
@@ -29,6 +29,8 @@ class ItemResult(Document):
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    safety: bool = False
+    """Whether the item's `meta` says `safety: true`: losing it counts by itself."""
 
 
 class Share(Document):
@@ -81,11 +83,12 @@ def measure_accuracy(
     """
     if not items:
         raise MeasurementError("no items to measure accuracy on")
+    refuse_rubrics(item.kind for item in items)
     sampling = sampling or Sampling()
     completions = target.ask([i.request for i in items], sampling, concurrency=concurrency, progress=progress)
     results = []
     for item, completion in zip(items, completions, strict=True):
-        extracted = extract_answer(completion.text)
+        extracted, correct = score(item.kind, item.answer, completion.text, item.scoring)
         results.append(
             ItemResult(
                 id=item.id,
@@ -94,18 +97,32 @@ def measure_accuracy(
                 question=item.messages[-1].content,
                 expected=normalise(item.answer),
                 extracted=extracted,
-                correct=is_correct(extracted, item.answer),
+                correct=correct,
                 text=completion.text,
                 finish_reason=completion.finish_reason,
                 prompt_tokens=completion.prompt_tokens,
                 completion_tokens=completion.completion_tokens,
+                safety=item.meta.get("safety") is True,
             )
         )
+    seconds = sum(c.seconds for c in completions)
+    return accuracy_of(target, results, items_digest(items), sampling, seconds)
+
+
+def accuracy_of(
+    target: Target, results: Sequence[ItemResult], digest: str, sampling: Sampling, seconds: float
+) -> AccuracyRun:
+    """The run that scored items make.
+
+    Args:
+        digest: of the items in their order; two runs pair only if these agree.
+        seconds: sum of the requests' own times.
+    """
     return AccuracyRun(
         label=target.label,
         subject=target.subject,
         model=target.model,
-        items_digest=items_digest(items),
+        items_digest=digest,
         sampling=sampling,
         results=tuple(results),
         overall=share_of("all", results),
@@ -113,7 +130,7 @@ def measure_accuracy(
         by_language=_shares(results, lambda r: r.language),
         truncated=sum(r.finish_reason == "length" for r in results),
         unmarked=sum(r.extracted is None for r in results),
-        seconds=sum(c.seconds for c in completions),
+        seconds=seconds,
     )
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from validation.document import Document
 from validation.errors import MeasurementError
-from validation.statistics import Verdict, mcnemar_exact, n_to_decide, non_inferiority, paired_difference
+from validation.statistics import (
+    Verdict,
+    beyond_margin_p,
+    detectable_difference,
+    holm,
+    mcnemar_exact,
+    n_to_decide,
+    non_inferiority,
+    paired_difference,
+)
 from validation.tasks.accuracy import AccuracyRun, ItemResult
 
 
@@ -31,6 +40,15 @@ class Paired(Document):
     verdict: Verdict
     n_to_decide: int | None
     """When inconclusive: items that would decide if discordance stayed as observed."""
+    p_holm: float | None = None
+    """`p_value` adjusted by Holm over the tasks (or steps) looked at together; None: looked at alone."""
+    detectable_points: float | None = None
+    """Loss that so many items find with 80 % power (one-sided 5 % test) at the discordance observed."""
+
+    @property
+    def margin(self) -> float:
+        """The margin as a proportion."""
+        return self.margin_points / 100
 
 
 class Flip(Document):
@@ -64,12 +82,25 @@ class AccuracyComparison(Document):
 
 
 def compare_accuracy(
-    reference: AccuracyRun, candidate: AccuracyRun, *, margin_points: float, confidence: float = 0.95
+    reference: AccuracyRun,
+    candidate: AccuracyRun,
+    *,
+    margin_points: float,
+    task_margins: Mapping[str, float] | None = None,
+    confidence: float = 0.95,
 ) -> AccuracyComparison:
-    """Compare two runs over the same items against a margin in percentage points.
+    """Compare two runs over the same items against margins in percentage points, named beforehand.
+
+    Args:
+        reference, candidate: the two runs.
+        margin_points: margin over all items, and of each task without one of its own.
+        task_margins: margins of single tasks.
+        confidence: of the intervals. Non-inferiority needs no adjustment over tasks (all must hold to claim
+            all); that a task differs, or is inferior, is claimed by Holm's adjusted p-values.
 
     Raises:
-        MeasurementError: the runs differ in items or sampling, so their answers do not pair.
+        MeasurementError: the runs differ in items or sampling, so their answers do not pair; a margin is
+            named for a task of which there are no items.
     """
     if reference.items_digest != candidate.items_digest:
         raise MeasurementError(
@@ -79,6 +110,12 @@ def compare_accuracy(
         raise MeasurementError(f"{reference.label} and {candidate.label} were sampled differently")
     pairs = list(zip(reference.results, candidate.results, strict=True))
     tasks = sorted({r.task for r, _ in pairs})
+    margins = dict.fromkeys(tasks, margin_points) | dict(task_margins or {})
+    if unknown := sorted(set(margins) - set(tasks)):
+        raise MeasurementError(
+            f"a margin is named for {', '.join(unknown)}, of which there are no items",
+            f"The tasks are {', '.join(tasks)}.",
+        )
     return AccuracyComparison(
         reference=reference.label,
         candidate=candidate.label,
@@ -86,11 +123,16 @@ def compare_accuracy(
         candidate_subject=candidate.subject,
         items_digest=reference.items_digest,
         overall=paired_outcomes("all", [(a.correct, b.correct) for a, b in pairs], margin_points, confidence),
-        by_task=tuple(
-            paired_outcomes(
-                task, [(a.correct, b.correct) for a, b in pairs if a.task == task], margin_points, confidence
-            )
-            for task in tasks
+        by_task=looked_at_together(
+            [
+                paired_outcomes(
+                    task,
+                    [(a.correct, b.correct) for a, b in pairs if a.task == task],
+                    margins[task],
+                    confidence,
+                )
+                for task in tasks
+            ]
         ),
         flips=tuple(_flip(a, b) for a, b in pairs if a.correct != b.correct),
     )
@@ -106,6 +148,7 @@ def paired_outcomes(
     gained = sum(b and not a for a, b in pairs)
     interval = paired_difference(lost, gained, n, confidence)
     verdict = non_inferiority(interval, margin_points / 100)
+    detectable = detectable_difference(n, (lost + gained) / n)
     return Paired(
         scope=scope,
         n=n,
@@ -125,7 +168,30 @@ def paired_outcomes(
             if verdict == "inconclusive"
             else None
         ),
+        detectable_points=None if detectable is None else 100 * detectable,
     )
+
+
+def looked_at_together(rows: Sequence[Paired]) -> tuple[Paired, ...]:
+    """The rows with their p-values adjusted by Holm; "inferior" stands only where it survives adjustment.
+
+    So the chance that any of several unchanged tasks is called inferior is no larger than that of one.
+    """
+    differs = holm([row.p_value for row in rows])
+    beyond = holm(
+        [beyond_margin_p(row.only_reference, row.only_candidate, row.n, row.margin) for row in rows]
+    )
+    adjusted = []
+    for row, p_differs, p_beyond in zip(rows, differs, beyond, strict=True):
+        update: dict[str, object] = {"p_holm": p_differs}
+        if row.verdict == "inferior" and p_beyond >= (1 - row.confidence) / 2:
+            confidence = 1 - (1 - row.confidence) / len(rows)
+            update["verdict"] = "inconclusive"
+            update["n_to_decide"] = n_to_decide(
+                row.only_reference, row.only_candidate, row.n, row.margin, confidence
+            )
+        adjusted.append(row.model_copy(update=update))
+    return tuple(adjusted)
 
 
 def _flip(a: ItemResult, b: ItemResult) -> Flip:

@@ -1,17 +1,24 @@
-"""Items: a conversation and the one right answer, one JSON object a line."""
+"""Items: a conversation and what counts as its right answer, one JSON object a line.
+
+{"id", "task", "language", "messages": [{"role", "content"}], "answer"}            exact text
+… "kind": "choice", "answer": "B"                                                   or "A, C"
+… "kind": "numeric", "answer": "0.5 mg", "scoring": {"tolerance": "5%"}             any unit that converts
+… "kind": "rubric", "scoring": {"rubrics": [{"criterion", "points", "tags"}]}       for a judge
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from validation.document import Document, digest_of
 from validation.endpoint import Message, Request
 from validation.errors import MeasurementError
+from validation.jsonl import read_jsonl
+from validation.tasks.scoring import Kind, Scoring, check_scorable
 
 _REMEDY = "Give JSONL: one {id, task, language, messages, answer, meta} a line."
 
@@ -23,9 +30,29 @@ class Item(Document):
     task: str
     language: str
     messages: tuple[Message, ...] = Field(min_length=1)
-    answer: str = Field(min_length=1)
+    answer: str = ""
+    """The right answer; only a rubric item has none."""
     meta: dict[str, Any] = Field(default_factory=dict)
     """Of long-record items: `context_tokens`, `depth` (0 start, 1 end), `multiple` of the trained length."""
+    kind: Kind = "exact"
+    scoring: Scoring | None = None
+
+    @model_validator(mode="after")
+    def _scorable(self) -> Item:
+        if not self.answer and self.kind != "rubric":
+            raise ValueError("an item needs its right answer")
+        check_scorable(self.kind, self.answer, self.scoring or Scoring())
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what an exact item does not say, so that its digest is what it was before kinds."""
+        data: dict[str, Any] = plain(self)
+        if self.kind == "exact":
+            del data["kind"]
+        if self.scoring is None:
+            del data["scoring"]
+        return data
 
     @property
     def request(self) -> Request:
@@ -39,49 +66,39 @@ def items_from(rows: Iterable[Mapping[str, Any]], source: str = "items") -> list
     Raises:
         MeasurementError: a row is malformed, an id occurs twice, or there is no row at all.
     """
-    items: list[Item] = []
-    seen: set[str] = set()
-    for number, row in enumerate(rows, 1):
-        try:
-            item = Item.model_validate(row)
-        except ValidationError as err:
-            first = err.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "(row)"
-            raise MeasurementError(
-                f"{source}, row {number}: {where}: {first['msg']}",
-                'A row is {"id", "task", "language", "messages": [{"role", "content"}], "answer", "meta"}.',
-            ) from None
-        if item.id in seen:
-            raise MeasurementError(f"{source}, row {number}: the id {item.id!r} occurs twice")
-        seen.add(item.id)
-        items.append(item)
-    if not items:
-        raise MeasurementError(f"{source} holds no items")
-    return items
+    return _items([(f"{source}, row {number}", row) for number, row in enumerate(rows, 1)], source)
 
 
 def load_items(path: Path) -> list[Item]:
     """Items from a JSONL file; blank lines are skipped.
 
     Raises:
-        MeasurementError: the file is missing, not JSONL, or a row is malformed.
+        MeasurementError: the file is missing, not JSONL, or a row is malformed; the line is named.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise MeasurementError(f"cannot read items from {path}: {err}", _REMEDY) from None
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    rows = read_jsonl(path, _REMEDY)
+    return _items([(f"{path}, line {number}", row) for number, row in rows], str(path))
+
+
+def _items(rows: Iterable[tuple[str, Mapping[str, Any]]], source: str) -> list[Item]:
+    items: list[Item] = []
+    seen: set[str] = set()
+    for place, row in rows:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as err:
-            raise MeasurementError(f"{path}, line {number} is not JSON: {err}", _REMEDY) from None
-        if not isinstance(row, dict):
-            raise MeasurementError(f"{path}, line {number} is not a JSON object", _REMEDY)
-        rows.append(row)
-    return items_from(rows, str(path))
+            item = Item.model_validate(row)
+        except ValidationError as err:
+            first = err.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "(row)"
+            raise MeasurementError(
+                f"{place}: {where}: {first['msg'].removeprefix('Value error, ')}",
+                'A row is {"id", "task", "language", "messages": [{"role", "content"}], "answer", "meta"}.',
+            ) from None
+        if item.id in seen:
+            raise MeasurementError(f"{place}: the id {item.id!r} occurs twice")
+        seen.add(item.id)
+        items.append(item)
+    if not items:
+        raise MeasurementError(f"{source} holds no items")
+    return items
 
 
 def items_digest(items: Sequence[Item]) -> str:

@@ -2,7 +2,7 @@
 
 Two models answer the same items, so what matters is the discordant pairs: items that only the reference
 gets right (`only_reference`) and items that only the candidate gets right (`only_candidate`). Everything here
-is exact or closed-form and needs the standard library alone.
+is exact or the root of a closed form, and needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -45,6 +45,31 @@ def mcnemar_exact(only_reference: int, only_candidate: int) -> float:
         term = term * (discordant - k) // (k + 1)
         tail += term
     return min(1.0, tail / (1 << (discordant - 1)))
+
+
+def loss_p(only_reference: int, only_candidate: int) -> float:
+    """Exact one-sided p-value of "the candidate is no worse": a fair coin's chance of so many losses or more.
+
+    Rejecting it at a level errs no more often than that level says, at any number of items.
+    """
+    _check_counts(only_reference, only_candidate)
+    discordant = only_reference + only_candidate
+    # The shorter tail is summed in integers: at least so many losses are at most so many gains.
+    short = min(only_reference - 1, only_candidate)
+    term, tail = 1, 1 if short >= 0 else 0
+    for k in range(short):
+        term = term * (discordant - k) // (k + 1)
+        tail += term
+    whole = 1 << discordant
+    return (tail if short == only_candidate else whole - tail) / whole
+
+
+def beyond_margin_p(only_reference: int, only_candidate: int, n: int, margin: float) -> float:
+    """One-sided p-value of "the loss is at most `margin`", by Tango's score test.
+
+    It is below half of one minus the confidence exactly where the whole interval lies beyond the margin.
+    """
+    return NormalDist().cdf(paired_score(only_reference, only_candidate, n, -margin))
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
@@ -127,13 +152,14 @@ def n_to_decide(
         return None
     lost, gained = only_reference / n, only_candidate / n
     if only_reference + only_candidate == 0:
-        lost = gained = 1.5 / n
+        lost = gained = min(1.5 / n, 0.5)
     if math.isclose(gained - lost, -margin, abs_tol=1e-12):
         return None
 
     def decided(size: int) -> bool:
-        interval = paired_difference(round(lost * size), round(gained * size), size, confidence)
-        return non_inferiority(interval, margin) != "inconclusive"
+        losses = round(lost * size)
+        gains = min(round(gained * size), size - losses)
+        return non_inferiority(paired_difference(losses, gains, size, confidence), margin) != "inconclusive"
 
     low, high = n, n
     while not decided(high):
