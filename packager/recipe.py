@@ -263,35 +263,6 @@ class ServeSettings(Spec):
         return self
 
 
-class FidelityBounds(Spec):
-    """Where fidelity's alarms go off. How far a sound step is depends on how certain a model's answers are:
-    name bounds by measurements of sound ones, as recipes/nano.yaml does."""
-
-    max_mean_kl_nats: float = Field(default=0.02, gt=0)
-    """KL divergence from the model before the step, nats a token."""
-    max_p99_kl_nats: float = Field(default=0.5, gt=0)
-    min_top1_agreement: float = Field(default=0.97, ge=0, le=1)
-    max_perplexity_ratio: float = Field(default=1.02, gt=0)
-    min_experts_shared: float = Field(default=0.85, ge=0, le=1)
-    """Jaccard index of the experts that a token is sent to, mean over tokens and layers."""
-
-
-class FidelitySpec(Spec):
-    """How the variants' token distributions are compared, each with the one before it."""
-
-    texts: int = Field(default=60, ge=0)
-    """Answers of the original that every variant scores; 0: fidelity is not measured."""
-    routing_texts: int = Field(default=16, ge=0)
-    """Of these, how many are sent through both checkpoints to see which experts they use."""
-    quantize: FidelityBounds = FidelityBounds()
-    context: FidelityBounds = FidelityBounds(
-        max_mean_kl_nats=0.2, max_p99_kl_nats=4.0, min_top1_agreement=0.95, max_perplexity_ratio=1.2
-    )
-    """Static YaRN changes attention at every length: on the nano (three sets of 60 answers within the trained
-    length) it cost 0.048 to 0.062 nats, 0.4 to 1.3 at the 99th percentile, 5 to 7 % of perplexity; these are
-    three times that."""
-
-
 class HealthBenchSpec(Spec):
     """Rubrics graded by a judge: HealthBench's own files, or others of their form."""
 
@@ -333,6 +304,37 @@ class BenchmarkSpec(Spec):
     max_tokens: int | None = Field(default=None, gt=0)
     margin_points: float | None = Field(default=None, gt=0)
     """Loss that the verdict counts as none; None: the margin of the gates."""
+    digests: dict[str, str] = {}
+    """Task to `sha256:…` of its items, as a run records them; other data is refused."""
+
+
+class FidelityBounds(Spec):
+    """Where fidelity's alarms go off. How far a sound step is depends on how certain a model's answers are:
+    name bounds by measurements of sound ones, as recipes/nano.yaml does."""
+
+    max_mean_kl_nats: float = Field(default=0.02, gt=0)
+    """KL divergence from the model before the step, nats a token."""
+    max_p99_kl_nats: float = Field(default=0.5, gt=0)
+    min_top1_agreement: float = Field(default=0.97, ge=0, le=1)
+    max_perplexity_ratio: float = Field(default=1.02, gt=0)
+    min_experts_shared: float = Field(default=0.85, ge=0, le=1)
+    """Jaccard index of the experts that a token is sent to, mean over tokens and layers."""
+
+
+class FidelitySpec(Spec):
+    """How the variants' token distributions are compared, each with the one before it."""
+
+    texts: int = Field(default=60, ge=0)
+    """Answers of the original that every variant scores; 0: fidelity is not measured."""
+    routing_texts: int = Field(default=16, ge=0)
+    """Of these, how many are sent through both checkpoints to see which experts they use."""
+    quantize: FidelityBounds = FidelityBounds()
+    context: FidelityBounds = FidelityBounds(
+        max_mean_kl_nats=0.2, max_p99_kl_nats=4.0, min_top1_agreement=0.95, max_perplexity_ratio=1.2
+    )
+    """Static YaRN changes attention at every length: on the nano (three sets of 60 answers within the trained
+    length) it cost 0.048 to 0.062 nats, 0.4 to 1.3 at the 99th percentile, 5 to 7 % of perplexity; these are
+    three times that."""
 
 
 class ValidateSpec(Spec):
@@ -363,9 +365,9 @@ class ValidateSpec(Spec):
     target, one at least with its draft; those of other drafts are compared with it."""
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
-    fidelity: FidelitySpec = FidelitySpec()
     noise_floor: bool = True
     """Ask BF16 a second time, in another order and concurrency: what flips without any change."""
+    fidelity: FidelitySpec = FidelitySpec()
     healthbench: HealthBenchSpec | None = None
     """None: the nano's own rubrics and judge, or not measured."""
     seed: int = 0

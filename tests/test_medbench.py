@@ -68,6 +68,8 @@ def test_answers_are_in_its_form_and_scored_where_there_are_labels(folder: Path,
         run = measure_medbench(target(tmp_path, server.url), files)
         again = measure_medbench(target(tmp_path, server.url), files)
         assert sum(server.asked.values()) == 6 and again == run
+    assert run.choices is not None
+    assert {r.id for r in run.choices.results if r.safety} == {"MedSafety:1", "MedSafety:2"}
     assert run.answers["MedSafety:1"] == "<A>" and run.answers["MedSafety:2"] == "<B>"
     assert run.answers["DDx-advanced:1"] == "<A, C>"
     assert run.answers["MedSafety:4"] == "<A>", "lines are counted as in the file, blank ones too"

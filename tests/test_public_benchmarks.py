@@ -160,6 +160,11 @@ def test_tasks_are_scored_item_by_item_and_killed_runs_go_on(tasks: Path, tmp_pa
     assert scores["sums_local", "exact_match"] == pytest.approx(5 / 6)
     medqa = run.data[0]
     assert (medqa.task, medqa.dataset, medqa.items) == ("medqa_local", "json", 12) and medqa.fingerprint
+    gone = target(tmp_path, "http://127.0.0.1:9")
+    same = {medqa.task: medqa.items_digest}
+    assert measure_benchmarks(gone, ["local"], include=tasks, expected=same).items == run.items
+    with pytest.raises(MeasurementError, match="the data of medqa_local is sha256:"):
+        measure_benchmarks(gone, ["local"], include=tasks, expected=same, limit=3)
     assert BenchmarkRun.model_validate_json(run.model_dump_json()) == run
     panel = benchmarks_panel(run, compare_benchmarks(run, run, margin_points=2))
     assert "16 of 18 right" in panel.summary and not panel.unfoldings

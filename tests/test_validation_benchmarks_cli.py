@@ -60,6 +60,9 @@ def test_benchmark_runs_compares_and_fails_on_a_loss(
         assert run(arguments("benchmark", server.url, "a", tmp_path, *reasoning)) == 0
     assert "100.0" in capsys.readouterr().out
     nowhere = arguments("benchmark", "http://127.0.0.1:9", "c", tmp_path, "--include", str(tmp_path))
+    assert run([*nowhere, "--tasks", "own", "--expect", "own=1"]) == 2
+    assert run([*nowhere, "--tasks", "own", "--expect", "own=sha256:1"]) == 3
+    assert "not sha256:1" in capsys.readouterr().err
     (tmp_path / "own.yaml").write_text(TASK.format(folder=tmp_path / "gone"))
     assert run([*nowhere, "--tasks", "own"]) == 3
     assert "neither here nor to be reached" in capsys.readouterr().err
@@ -70,7 +73,7 @@ def test_medbench_answers_packs_and_compares(tmp_path: Path, capsys: pytest.Capt
     data.mkdir()
     rows = [{"question": f"单选题，输出选项字母。第{k}题\nA. 是\nB. 否", "answer": "<A>"} for k in range(40)]
     (data / "MedSafety.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "dimensions.json").write_text('{"MedSafety": "safety"}')
+    (tmp_path / "dimensions.json").write_text('{"MedSafety": "safety and ethics"}')
     good = str(tmp_path / "good.json")
     given = ["--data", str(data), "--dimensions", str(tmp_path / "dimensions.json")]
     with LoopbackChat(lambda _: "A") as server:
@@ -83,6 +86,12 @@ def test_medbench_answers_packs_and_compares(tmp_path: Path, capsys: pytest.Capt
     with LoopbackChat(lambda m: "B" if "第3" in m or "第2" in m else "我不知道") as server:
         assert run(arguments("medbench", server.url, "b", tmp_path, *given, "--reference", good)) == 4
         assert "is inferior to candidate" in capsys.readouterr().err
+    with LoopbackChat(lambda m: "B" if "第30题" in m else "A") as server:
+        strict = [*given, "--reference", good, "--max-safety-flips", "0"]
+        assert run(arguments("medbench", server.url, "c", tmp_path, *strict[:-2])) == 0
+        assert run(arguments("medbench", server.url, "c", tmp_path, *strict)) == 4
+        assert "safety items lost by candidate 1 items, bound 0" in capsys.readouterr().err
+    with LoopbackChat(lambda _: "我不知道") as server:
         packed = [*given, "--upload", str(tmp_path / "no.zip")]
         assert run(arguments("medbench", server.url, "b", tmp_path, *packed)) == 3
     assert "'我不知道' is not <D> or <A, B>" in capsys.readouterr().err and not (tmp_path / "no.zip").exists()

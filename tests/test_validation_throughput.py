@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from validation.endpoint import Message, Sampling, Target
 from validation.errors import MeasurementError
 from validation.identity import collect_outputs, compare_outputs
 from validation.longcontext import measure_long
+from validation.public_benchmarks.likelihood import continuation_scores
 from validation.tasks import items_from, measure_accuracy
 from validation.throughput import (
     ThroughputRun,
@@ -153,6 +155,13 @@ def test_an_interpreter_without_vllm_is_said_with_its_own_words(tmp_path: Path) 
         bench.run([], timeout_s=60)
 
 
+def templated(messages: Sequence[Message]) -> str:
+    """A conversation as the nano's chat template writes it, up to where the answer begins."""
+    roles = {"system": "SYSTEM", "user": "HUMAN", "assistant": "ASSISTANT"}
+    turns = "".join(f"<role>{roles[m.role]}</role>{m.content}<|role_end|>" for m in messages)
+    return f"{turns}<role>ASSISTANT</role>"
+
+
 @pytest.mark.engine
 def test_a_real_server_is_measured_from_accuracy_to_throughput(tmp_path: Path) -> None:
     """The shipped nano model on vLLM: every figure a report needs, from one server."""
@@ -185,6 +194,13 @@ def test_a_real_server_is_measured_from_accuracy_to_throughput(tmp_path: Path) -
         assert result.identical_fraction >= 0.9 or result.all_near_ties
         assert result.noise is not None and result.noise.tokens > 100
         assert all(t.token.startswith("token_id:") for o in one.outputs for t in o.tokens)
+
+        # Completions score a text as chat said it: the cut between prompt and answer is the right one.
+        pairs = [(templated(item.messages), said.text) for item, said in zip(items, one.outputs, strict=True)]
+        scored = continuation_scores(target, pairs)
+        for said, found in zip(one.outputs, scored, strict=True):
+            assert found.nats == pytest.approx(sum(t.logprob for t in said.tokens), abs=0.5), said
+        assert sum(found.greedy for found in scored) >= 0.8 * len(scored)
 
         records = items_from([*long_items(1, 3), *long_items(2, 3)])
         long = measure_long(target, records, trained_length=512)

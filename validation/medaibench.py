@@ -82,7 +82,7 @@ def load_form(path: Path) -> list[Item]:
         MeasurementError: malformed rows (file and line are named), a dimension that is none, or rows of the
             template that were not replaced.
     """
-    items = load_items(path)
+    items = [_marked(item) for item in load_items(path)]
     for item in items:
         if item.meta.get("dimension") not in DIMENSIONS:
             raise MeasurementError(
@@ -95,6 +95,13 @@ def load_form(path: Path) -> list[Item]:
                 "Replace it by an item of your own.",
             )
     return items
+
+
+def _marked(item: Item) -> Item:
+    """Items of the dimension of safety are safety items, which gate by their number."""
+    if item.meta.get("dimension") != "safety and ethics":
+        return item
+    return item.model_copy(update={"meta": {**item.meta, "safety": True}})
 
 
 def measure_form(

@@ -24,13 +24,13 @@ from packager.cli.measuring import (
 
 if TYPE_CHECKING:
     from validation.panel import Panel
-    from validation.tasks import AccuracyComparison
+    from validation.tasks import AccuracyComparison, AccuracyRun
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 def comparison_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--reference`, `--margin-points` and `--panel`."""
+    """`--reference`, `--margin-points`, `--max-safety-flips` and `--panel`."""
     declared = [
         click.option(
             "--reference", type=EXISTING_FILE, help="Run of the original (its --out) to compare with."
@@ -43,6 +43,11 @@ def comparison_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Loss in percentage points that still counts as non-inferior.",
         ),
         click.option(
+            "--max-safety-flips",
+            type=click.IntRange(min=0),
+            help="Safety items that may turn from right to wrong.  [default: reported only]",
+        ),
+        click.option(
             "--panel",
             "panel_out",
             type=click.Path(dir_okay=False, path_type=Path),
@@ -50,6 +55,16 @@ def comparison_options(function: Callable[..., None]) -> Callable[..., None]:
         ),
     ]
     return functools.reduce(lambda f, option: option(f), reversed(declared), function)
+
+
+def _digests(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        task, _, digest = value.partition("=")
+        if not task or not digest.startswith("sha256:"):
+            raise click.UsageError(f"--expect takes TASK=sha256:…, got {value!r}")
+        found[task] = digest
+    return found
 
 
 @click.command()
@@ -81,6 +96,13 @@ def comparison_options(function: Callable[..., None]) -> Callable[..., None]:
     is_flag=True,
     help="Let tasks such as humaneval run code that the model wrote, on this machine. Use a container.",
 )
+@click.option(
+    "--expect",
+    multiple=True,
+    callback=_digests,
+    metavar="TASK=DIGEST",
+    help="Refuse other data than an earlier run's (its items_digest); may be repeated.",
+)
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @comparison_options
 def benchmark(
@@ -94,9 +116,11 @@ def benchmark(
     max_tokens: int | None,
     plain: bool,
     allow_code_execution: bool,
+    expect: dict[str, str],
     concurrency: int,
     reference: Path | None,
     margin_points: float,
+    max_safety_flips: int | None,
     panel_out: Path | None,
 ) -> None:
     """Public benchmarks through lm-eval's task definitions, every item kept; with --reference, compared.
@@ -124,6 +148,7 @@ def benchmark(
         max_tokens=max_tokens,
         chat=not plain,
         unsafe_code=allow_code_execution,
+        expected=expect,
         concurrency=concurrency,
         progress=print_progress,
     )
@@ -147,20 +172,32 @@ def benchmark(
                 ["task", "metric", "filter", "value"],
                 [[s.task, s.metric, s.filter, f"{s.value:.4f}"] for s in run.scores],
             )
-    conclude(comparison, as_json=server.as_json)
+    if before is not None and comparison is not None:
+        conclude(comparison, before.items, run.items, max_safety_flips, as_json=server.as_json)
 
 
-def conclude(comparison: AccuracyComparison | None, *, as_json: bool) -> None:
-    """Print a comparison's verdicts.
+def conclude(
+    comparison: AccuracyComparison,
+    before: AccuracyRun | None,
+    run: AccuracyRun | None,
+    max_safety_flips: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print a comparison's verdicts and what became of safety items.
 
     Raises:
-        GateFailed: a loss beyond the margin is shown.
+        GateFailed: a loss beyond the margin is shown, or too many safety items turned wrong.
     """
+    from validation.safety import check_safety, safety_gate
     from validation.verdict import verdict_gates
 
-    if comparison is None:
-        return
-    found = validate_verdict.Found(comparison, None, verdict_gates("not inferior", comparison))
+    assert before is not None and run is not None, "a comparison is of two runs"
+    safety = check_safety(before, run, margin_points=comparison.overall.margin_points)
+    gates = verdict_gates("not inferior", comparison)
+    found = validate_verdict.Found(
+        comparison, safety, (*gates, safety_gate(safety, max_safety_flips, run.label))
+    )
     if not as_json:
         validate_verdict.show(found)
     validate_verdict.require(found)

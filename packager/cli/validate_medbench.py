@@ -51,6 +51,7 @@ def medbench(
     concurrency: int,
     reference: Path | None,
     margin_points: float,
+    max_safety_flips: int | None,
     panel_out: Path | None,
 ) -> None:
     """Answer MedBench's files, check the answers, pack the upload; score what has labels, by dimension.
@@ -88,6 +89,8 @@ def medbench(
             click.echo(f"  {fault}")
     if upload is not None:
         click.echo(f"packed {pack(files, run.answers, upload, faulty=accept_faults)}", err=True)
+    if before is not None and comparison is not None and comparison.choices is not None:
+        conclude(comparison.choices, before.choices, run.choices, max_safety_flips, as_json=server.as_json)
     if comparison is not None and comparison.inferior:
         raise GateFailed(
             f"{comparison.candidate} is inferior to {comparison.reference} on MedBench's labelled items, "
@@ -125,6 +128,7 @@ def medaibench(
     concurrency: int,
     reference: Path | None,
     margin_points: float,
+    max_safety_flips: int | None,
     panel_out: Path | None,
 ) -> None:
     """Labelled items of your own under MedAIBench's dimensions: its data is not public.
@@ -158,7 +162,8 @@ def medaibench(
                 for s in (run.run.overall, *run.by_dimension)
             ],
         )
-    conclude(comparison, as_json=server.as_json)
+    if before is not None and comparison is not None:
+        conclude(comparison, before.run, run.run, max_safety_flips, as_json=server.as_json)
 
 
 def _mapping(path: Path) -> dict[str, str]:

@@ -24,14 +24,16 @@ def check_benchmarks(specs: Sequence[BenchmarkSpec]) -> None:
 
     Raises:
         MeasurementError: a name is not known, data is missing (with the command that gets it), or a task
-            would run code that the model wrote.
+            would run code that the model wrote; or the data has not the digest that the recipe names.
     """
     if not specs:
         return
-    from validation.public_benchmarks import load_tasks
+    from validation.public_benchmarks import describe, load_tasks
 
     for spec in specs:
-        load_tasks(spec.tasks, data=_path(spec.data), include=_path(spec.include), fewshot=spec.fewshot)
+        data, include = _path(spec.data), _path(spec.include)
+        tasks = load_tasks(spec.tasks, data=data, include=include, fewshot=spec.fewshot)
+        describe(tasks, spec.limit, spec.digests)
 
 
 def measure_benchmarks(specs: Sequence[BenchmarkSpec], target: Target, say: Say) -> tuple[BenchmarkRun, ...]:
@@ -51,6 +53,7 @@ def measure_benchmarks(specs: Sequence[BenchmarkSpec], target: Target, say: Say)
             limit=spec.limit,
             fewshot=spec.fewshot,
             max_tokens=spec.max_tokens,
+            expected=spec.digests,
         )
         if run.items is not None:
             right = f"{run.items.overall.correct} of {run.items.overall.n} right"

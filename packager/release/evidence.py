@@ -74,8 +74,8 @@ class Measured:
     without_draft: ThroughputRun
     with_draft: ThroughputRun
     dense: ThroughputRun | None
-    fidelity: Fidelity
     benchmarks: Benchmarks
+    fidelity: Fidelity
     rubrics: RubricEvidence
 
 
@@ -227,8 +227,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
 
         with variants.bf16() as served:
             bf16 = accuracy(served)
-            fidelity.reference(served, bf16, asked.spread(spec.fidelity.texts))
             before = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            fidelity.reference(served, bf16, asked.spread(spec.fidelity.texts))
             if rubrics is not None:
                 rubrics.measure(served)
             noise = None
@@ -238,8 +238,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
                 say(f"  {served.label} again: {noise.flips} of {bf16.overall.n} flip without any change")
         with variants.fp8(limit=recipe.context.length) as served:
             fp8 = accuracy(served)
-            fidelity.candidate(served)
             after = measure_benchmarks(spec.benchmarks, served.target(cache), say)
+            fidelity.candidate(served)
             if rubrics is not None:
                 rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
@@ -271,8 +271,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
         without_draft=without_draft,
         with_draft=with_draft,
         dense=dense,
-        fidelity=fidelity,
         benchmarks=Benchmarks.compare(spec.benchmarks, before, after, margin_points(recipe.gates)),
+        fidelity=fidelity,
         rubrics=conclude_rubrics(recipe.gates, rubrics),
     )
 

@@ -115,6 +115,7 @@ def measure_medbench(
     questions = [question for file in files for question in file.questions]
     requests = [Request(id=q.id, messages=(Message(role="user", content=q.text),)) for q in questions]
     completions = target.ask(requests, sampling, concurrency=concurrency, progress=progress)
+    safe = {file.task for file in files if file.dimension == "safety and ethics"}
     answers = {}
     chosen: list[ItemResult] = []
     open_answers: list[OpenAnswer] = []
@@ -140,6 +141,7 @@ def measure_medbench(
                 finish_reason=completion.finish_reason,
                 prompt_tokens=completion.prompt_tokens,
                 completion_tokens=completion.completion_tokens,
+                safety=question.task in safe,
             )
         )
     digest, seconds = data_digest(files), sum(c.seconds for c in completions)

@@ -5,7 +5,7 @@ needs the model's tokenizer at hand to score multiple choice; and it has no boun
 task definitions, prompts, filters and metrics are used unchanged (`EndpointLM` is an `lm_eval.api.model.LM`).
 """
 
-from validation.public_benchmarks.load import TaskData, load_tasks
+from validation.public_benchmarks.load import TaskData, describe, load_tasks
 from validation.public_benchmarks.run import (
     BenchmarkRun,
     Style,
@@ -22,6 +22,7 @@ __all__ = [
     "TaskScore",
     "benchmarks_panel",
     "compare_benchmarks",
+    "describe",
     "load_tasks",
     "measure_benchmarks",
 ]

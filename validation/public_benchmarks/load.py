@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ class TaskData(Document):
     """That the `datasets` library gives the split."""
     items: int
     items_digest: str
-    """Of the items asked, in their order."""
+    """Of the rows asked, in their order, as the data set has them."""
     fewshot: int
     settings: dict[str, Any]
     """How the task generates, or how it is scored."""
@@ -114,9 +116,37 @@ def load_tasks(
     return tasks
 
 
-def data_of(task: Any, items: int, items_digest: str) -> TaskData:
-    """What is recorded of a loaded task's data."""
+def describe(
+    tasks: Mapping[str, Any], limit: int | None, expected: Mapping[str, str] | None = None
+) -> tuple[TaskData, ...]:
+    """What is recorded of the loaded tasks' data, by name.
+
+    Args:
+        limit: first N items of each task.
+        expected: digests of items by task, as an earlier run recorded them.
+
+    Raises:
+        MeasurementError: the rows of a task are not those expected, or a digest names no task that is run.
+    """
+    found = tuple(_data_of(task, limit) for _, task in sorted(tasks.items()))
+    digests = {data.task: data.items_digest for data in found}
+    for task, digest in (expected or {}).items():
+        if task not in digests:
+            raise MeasurementError(f"a digest is given for {task}, which is not run")
+        if digests[task] != digest:
+            raise MeasurementError(
+                f"the data of {task} is {digests[task]}, not {digest}",
+                "Take the revision that was measured, or leave the digest out.",
+            )
+    return found
+
+
+def _data_of(task: Any, limit: int | None) -> TaskData:
     config = task.config
+    digest, items = hashlib.sha256(), 0
+    for _, row in task.doc_iterator(limit=limit):
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+        items += 1
     split = config.test_split or config.validation_split
     rows = task.dataset[split] if isinstance(task.dataset, dict) and split in task.dataset else None
     return TaskData(
@@ -127,7 +157,7 @@ def data_of(task: Any, items: int, items_digest: str) -> TaskData:
         revision=_revision(config.dataset_path, rows),
         fingerprint=getattr(rows, "_fingerprint", None),
         items=items,
-        items_digest=items_digest,
+        items_digest="sha256:" + digest.hexdigest(),
         fewshot=task.get_config("num_fewshot") or 0,
         settings={
             "output_type": task.OUTPUT_TYPE,

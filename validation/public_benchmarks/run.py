@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from validation.document import Document, digest_of
 from validation.endpoint import Message, Progress, Sampling, Target
 from validation.errors import MeasurementError
-from validation.public_benchmarks.load import TaskData, data_of, load_tasks
+from validation.public_benchmarks.load import TaskData, describe, load_tasks
 from validation.tasks import AccuracyComparison, AccuracyRun, Item, ItemResult, accuracy_of, compare_accuracy
 from validation.tasks.accuracy import measure_accuracy
 
@@ -83,6 +83,7 @@ def measure_benchmarks(
     chat: bool = True,
     unsafe_code: bool = False,
     metadata: Mapping[str, Any] | None = None,
+    expected: Mapping[str, str] | None = None,
     concurrency: int = 8,
     progress: Progress | None = None,
 ) -> BenchmarkRun:
@@ -92,6 +93,7 @@ def measure_benchmarks(
         limit: first N items of each task.
         max_tokens: of an answer; None: what each task says, 4096 in style `reasoning`.
         chat: ask for generated answers in chat; off: as plain text, which code completion wants.
+        expected: digests of the items by task, checked before anything is asked.
         others: see `load_tasks`.
 
     Raises:
@@ -102,14 +104,13 @@ def measure_benchmarks(
     tasks = load_tasks(
         names, data=data, include=include, fewshot=fewshot, unsafe_code=unsafe_code, metadata=metadata
     )
+    records = describe(tasks, limit, expected)
     if style == "reasoning":
-        records, items, scores = _reason(target, tasks, limit, max_tokens, concurrency, progress)
+        items, scores = _reason(target, tasks, limit, max_tokens, concurrency, progress)
     else:
         if unsafe_code:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric's own second lock
-        records, items, scores = _evaluate(
-            target, tasks, limit, max_tokens, chat, unsafe_code, concurrency, progress
-        )
+        items, scores = _evaluate(target, tasks, limit, max_tokens, chat, unsafe_code, concurrency, progress)
     return BenchmarkRun(
         label=target.label,
         subject=target.subject,
@@ -117,7 +118,7 @@ def measure_benchmarks(
         style=style,
         chat=chat,
         names=tuple(names),
-        data=tuple(records),
+        data=records,
         items=items,
         scores=tuple(scores),
     )
@@ -156,7 +157,7 @@ def _evaluate(
     unsafe_code: bool,
     concurrency: int,
     progress: Progress | None,
-) -> tuple[list[TaskData], AccuracyRun | None, list[TaskScore]]:
+) -> tuple[AccuracyRun | None, list[TaskScore]]:
     """lm-eval's evaluation: likelihoods of plain text, generation in chat."""
     from lm_eval.evaluator import evaluate
 
@@ -181,23 +182,21 @@ def _evaluate(
         )
         samples |= found["samples"]
         scores += _scores(found)
-    records, results = [], list[ItemResult]()
+    prompts, results = [], list[ItemResult]()
     for name in sorted(tasks):
         own = samples[name]
         first = own[0]["filter"]
         filters = {sample["filter"] for sample in own}
         taken = next((f for f in _FILTERS if f in filters), first)
         own = [sample for sample in own if sample["filter"] == taken]
-        digest = digest_of([[s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]] for s in own])
-        records.append(data_of(tasks[name], len(own), digest))
+        prompts += [[name, s["doc_id"], s["prompt_hash"], s["target_hash"]] for s in own]
         metric = _binary_metric(own)
         if metric is not None:
             results += [_result(name, tasks[name], s, metric, model.generated) for s in own]
     if not results:
-        return records, None, scores
+        return None, scores
     sampling = Sampling(max_tokens=max_tokens or 256, top_logprobs=None)
-    digest = digest_of([record.items_digest for record in records])
-    return records, accuracy_of(target, results, digest, sampling, model.seconds), scores
+    return accuracy_of(target, results, digest_of(prompts), sampling, model.seconds), scores
 
 
 def _scores(found: Mapping[str, Any]) -> list[TaskScore]:
@@ -267,10 +266,11 @@ def _result(
 
 
 def _last_turn(prompt: str) -> str:
-    """The question proper: the last turn of a conversation (see `EndpointLM`), a plain prompt as it is."""
+    """The question proper: the user's last turn in a conversation (see `EndpointLM`), else the prompt."""
     try:
-        return str(json.loads(prompt)["messages"][-1]["content"])
-    except (ValueError, KeyError, TypeError):
+        turns = json.loads(prompt)["messages"]
+        return str([turn["content"] for turn in turns if turn["role"] == "user"][-1])
+    except (ValueError, KeyError, TypeError, IndexError):
         return prompt
 
 
@@ -281,21 +281,18 @@ def _reason(
     max_tokens: int | None,
     concurrency: int,
     progress: Progress | None,
-) -> tuple[list[TaskData], AccuracyRun | None, list[TaskScore]]:
+) -> tuple[AccuracyRun | None, list[TaskScore]]:
     items: list[Item] = []
-    records = []
     for name, task in sorted(tasks.items()):
         if task.OUTPUT_TYPE != "multiple_choice":
             raise MeasurementError(
                 f"{name} is no multiple choice, so it has no variant with reasoning",
                 "Run it with --style likelihood: generative tasks are generated there too.",
             )
-        own = [_item(name, task, number, doc) for number, doc in task.doc_iterator(limit=limit)]
-        items += own
-        records.append(data_of(task, len(own), digest_of([item.model_dump(mode="json") for item in own])))
+        items += [_item(name, task, number, doc) for number, doc in task.doc_iterator(limit=limit)]
     sampling = Sampling(max_tokens=max_tokens or 4096, top_logprobs=None)
     run = measure_accuracy(target, items, concurrency=concurrency, sampling=sampling, progress=progress)
-    return records, run, []
+    return run, []
 
 
 def _item(name: str, task: Any, number: int, doc: Mapping[str, Any]) -> Item:

@@ -152,14 +152,15 @@ def n_to_decide(
         return None
     lost, gained = only_reference / n, only_candidate / n
     if only_reference + only_candidate == 0:
-        lost = gained = min(1.5 / n, 0.5)
+        lost = gained = min(0.5, 1.5 / n)
     if math.isclose(gained - lost, -margin, abs_tol=1e-12):
         return None
 
     def decided(size: int) -> bool:
         losses = round(lost * size)
-        gains = min(round(gained * size), size - losses)
-        return non_inferiority(paired_difference(losses, gains, size, confidence), margin) != "inconclusive"
+        gains = min(round(gained * size), size - losses)  # both may be rounded up
+        interval = paired_difference(losses, gains, size, confidence)
+        return non_inferiority(interval, margin) != "inconclusive"
 
     low, high = n, n
     while not decided(high):

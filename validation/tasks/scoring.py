@@ -120,7 +120,7 @@ def _within(said: str, expected: str, scoring: Scoring) -> bool:
 def parse_choice(text: str) -> str | None:
     """The letters that `text` chooses, sorted, as `B` or `A, C`; None if it is anything else.
 
-    Reads `B`, `(b)`, `B. aspirin`, `**B**`, `<A, C>`, `ACD`, `A和C`, `选B`, `\\boxed{D}` and full-width forms.
+    Reads `B`, `(b)`, `B. aspirin`, `**B**`, `<A, C>`, `ACD`, `A和C`, `选B`, `\\boxed{D}`, full-width forms.
     """
     text = unicodedata.normalize("NFKC", text).strip()
     boxed = re.fullmatch(r"\$*\\boxed\{(.*)\}\$*\.?", text)
