@@ -14,7 +14,7 @@ LOCK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements/cuda.txt || e
 BIN := .venv/bin
 WORKSPACE ?= demo
 
-.PHONY: help venv demo test check lint lock bench bench-quantize bench-draft bench-verdict clean
+.PHONY: help venv demo test check lint lock bench bench-quantize bench-damage bench-client bench-draft bench-verdict clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -95,6 +95,12 @@ bench: venv  ## quantization throughput on 3 GB against cp, as a ratio of one ru
 
 bench-quantize: venv  ## the same on 12 GB and against llm-compressor: 15 minutes, 35 GB of disk
 	@exec $(BIN)/python benchmarks/quantize.py --gigabytes 12 --llmcompressor
+
+bench-damage: venv  ## which checks see planted damage: four servers of the nano in turn, some minutes
+	@exec $(BIN)/python benchmarks/planted_damage.py
+
+bench-client: venv  ## throughput through our client against `vllm bench serve` on one server
+	@exec $(BIN)/python benchmarks/client_overhead.py
 
 bench-draft: venv  ## training of a draft against a loop over speculators' parts, as a ratio of one run: 3 minutes
 	@exec $(BIN)/python benchmarks/draft_training.py

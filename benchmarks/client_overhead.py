@@ -5,8 +5,8 @@
 The nano answers the same prompts, greedily and to their natural end, for both clients in turn; a pass of each
 goes before and is not counted, so that the prefix cache is as warm for one as for the other. The ratio is of
 the medians of output tokens a second; 0.95 or more is asked for. Ours keeps every answer on disk while it
-measures, as it does in a validation; log-probabilities are asked for in a third row, for they cost the server
-too. Nothing else may run meanwhile.
+measures, as it does in a validation, and does not stream, which spares the server some work; in a third row
+it asks for log-probabilities, which cost the server too. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations

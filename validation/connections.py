@@ -129,7 +129,7 @@ class Connections:
             reply, keep = connection.exchange(method, self._prefix + path, body, self._headers)
         except BaseException:
             with self._lock:
-                del self._open[connection]
+                self._open.pop(connection, None)
             connection.close()
             raise
         with self._lock:

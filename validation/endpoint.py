@@ -31,6 +31,9 @@ REFUSED = "refused"
 """`finish_reason` of a prompt that the server would not take because it is too long."""
 LONGEST_WAIT_S = 120.0
 """Most that a server's Retry-After is heeded."""
+TIMEOUT_S = 120.0
+TIMEOUT_S_A_TOKEN = 0.25
+"""A long answer in a full batch takes long: four tokens a second are waited for."""
 
 
 class Message(Document):
@@ -125,7 +128,8 @@ class Endpoint:
         url: base URL without `/v1`, or a function giving it (called at the first question).
         model: the name the server serves the model under.
         concurrency: requests in flight at most.
-        timeout_s: seconds until an attempt without a whole answer counts as failed.
+        timeout_s: seconds until an attempt without a whole answer counts as failed; None: `TIMEOUT_S`, and
+            `TIMEOUT_S_A_TOKEN` for each token that may be generated.
         attempts: tries per request. Connection errors, time-outs, 429 and 5xx are tried again.
         backoff_s: wait before the second try; doubles each time, 30 s at most. If the server names a time to
             wait (Retry-After), no request is sent before it is over, `LONGEST_WAIT_S` at most.
@@ -138,7 +142,7 @@ class Endpoint:
         model: str,
         *,
         concurrency: int = 8,
-        timeout_s: float = 120.0,
+        timeout_s: float | None = None,
         attempts: int = 4,
         backoff_s: float = 0.5,
         api_key: str | None = None,
@@ -187,7 +191,8 @@ class Endpoint:
             )
 
         answers = AnswerFile(cache, settings=settings, kind=Completion)
-        found = self.collect([job(r) for r in requests], answers, progress=progress)
+        jobs = [job(r) for r in requests]
+        found = self.collect(jobs, answers, tokens=sampling.max_tokens, progress=progress)
         completions = [c.model_copy(update={"id": r.id}) for c, r in zip(found, requests, strict=True)]
         if not refusals and any(c.finish_reason == REFUSED for c in completions):
             names = ", ".join(c.id for c in completions if c.finish_reason == REFUSED)
@@ -201,9 +206,13 @@ class Endpoint:
         jobs: Sequence[Job[Answer]],
         answers: AnswerFile[Answer],
         *,
+        tokens: int = 0,
         progress: Progress | None = None,
     ) -> list[Answer]:
         """An answer for each job, from the file or from the server; equal jobs are asked once.
+
+        Args:
+            tokens: most that an answer may have, for the time that it may take.
 
         Raises:
             ServerUnreachable: a request failed `attempts` times; what was answered is kept.
@@ -214,13 +223,17 @@ class Endpoint:
         with answers:
             missing = [job for key, job in unique.items() if key not in answers.found]
             if missing:
-                self._ask(missing, answers, progress, len(unique))
+                timeout_s = (
+                    TIMEOUT_S + TIMEOUT_S_A_TOKEN * tokens if self.timeout_s is None else self.timeout_s
+                )
+                self._ask(missing, answers, timeout_s, progress, len(unique))
             return [answers.found[job.key] for job in jobs]
 
     def _ask(
         self,
         jobs: Iterable[Job[Answer]],
         answers: AnswerFile[Answer],
+        timeout_s: float,
         progress: Progress | None,
         total: int,
     ) -> None:
@@ -247,7 +260,7 @@ class Endpoint:
                     progress(len(answers.found), total)
 
         with (
-            Connections(resolve_url(self.url), timeout_s=self.timeout_s, headers=headers) as connections,
+            Connections(resolve_url(self.url), timeout_s=timeout_s, headers=headers) as connections,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
             workers = [pool.submit(work, connections) for _ in range(self.concurrency)]
@@ -335,7 +348,7 @@ class Target:
     api_key: str | None = field(default=None, repr=False)
     """Sent as a bearer token; never recorded."""
 
-    def endpoint(self, *, concurrency: int = 8, timeout_s: float = 120.0) -> Endpoint:
+    def endpoint(self, *, concurrency: int = 8, timeout_s: float | None = None) -> Endpoint:
         """The client for it."""
         return Endpoint(
             self.url, self.model, concurrency=concurrency, timeout_s=timeout_s, api_key=self.api_key
@@ -347,7 +360,7 @@ class Target:
         sampling: Sampling,
         *,
         concurrency: int = 8,
-        timeout_s: float = 120.0,
+        timeout_s: float | None = None,
         refusals: bool = False,
         progress: Progress | None = None,
     ) -> list[Completion]:

@@ -94,7 +94,7 @@ def score_passages(
     *,
     scoring: Scoring | None = None,
     concurrency: int = 8,
-    timeout_s: float = 120.0,
+    timeout_s: float | None = None,
     progress: Progress | None = None,
 ) -> ScoredRun:
     """Score every passage; what is in the target's cache is not asked for again.

@@ -29,6 +29,8 @@ class Server:
     target: Target
     out: Path | None
     as_json: bool
+    folder: Path | None = None
+    """What is served for it; None: a server that runs."""
 
 
 def server_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -38,7 +40,7 @@ def server_options(function: Callable[..., None]) -> Callable[..., None]:
     def packed(label: str, cache: Path, out: Path | None, as_json: bool, **own: Any) -> None:
         chosen = {name: own.pop(name) for name in where()}
         with serving(chosen, label=label, cache=cache) as target:
-            function(Server(target, out, as_json), **own)
+            function(Server(target, out, as_json, chosen["serve"]), **own)
 
     shared = [
         *served_options(),

@@ -151,6 +151,13 @@ def accuracy(
     show_default=True,
     help="Tokens listed at each position of the texts that both score; 0: texts are compared alone.",
 )
+@click.option(
+    "--experts",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Texts on which the experts of both checkpoints are compared; both must be given as folders.",
+)
 @click.option("--max-mean-kl", type=float, help="Alarm above this mean KL divergence, nats a token.")
 @click.option("--max-p99-kl", type=float, help="Alarm above this 99th percentile of it.")
 def fidelity(
@@ -161,6 +168,7 @@ def fidelity(
     concurrency: int,
     max_tokens: int,
     top_logprobs: int,
+    experts: int,
     max_mean_kl: float | None,
     max_p99_kl: float | None,
     **reference: Any,
@@ -175,6 +183,10 @@ def fidelity(
     from validation.fidelity import Bounds
     from validation.tasks import load_items
 
+    original: Path | None = reference["reference_serve"]
+    folders = (original, server.folder) if original is not None and server.folder is not None else None
+    if experts and (folders is None or not top_logprobs):
+        raise click.UsageError("--experts needs --serve, --reference-serve and --top-logprobs")
     named = {"max_mean_kl_nats": max_mean_kl, "max_p99_kl_nats": max_p99_kl}
     found = measure(
         server.target,
@@ -187,16 +199,18 @@ def fidelity(
         bounds=Bounds(**{name: bound for name, bound in named.items() if bound is not None}),
         progress=print_progress,
         cache=server.target.cache,
+        folders=folders,
+        texts=experts,
     )
     write_run(found.fidelity or found.identity, server.out)
     if server.as_json:
-        emit(identity=found.identity, fidelity=found.fidelity)
+        emit(identity=found.identity, fidelity=found.fidelity, experts=found.experts)
     else:
         show(found, print_table, click.echo)
-    if found.fidelity is not None and found.fidelity.raised:
-        names = "; ".join(gate.name for gate in found.fidelity.raised)
+    if found.raised:
+        names = "; ".join(gate.name for gate in found.raised)
         raise GateFailed(
-            f"{found.fidelity.candidate} is further from {found.fidelity.reference} than the bounds allow: "
+            f"{found.identity.candidate} is further from {found.identity.reference} than the bounds allow: "
             f"{names}",
             "See the figures above; `packager verify --against` tells damage from rounding.",
         )

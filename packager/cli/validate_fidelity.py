@@ -11,7 +11,8 @@ from packager.cli.validate_served import serving
 
 if TYPE_CHECKING:
     from validation.endpoint import Progress, Target
-    from validation.fidelity import Bounds, FidelityResult
+    from validation.fidelity import Bounds, FidelityResult, RoutingAgreement
+    from validation.gates import Gate
     from validation.identity import IdentityResult
     from validation.tasks import Item
 
@@ -25,6 +26,13 @@ class Found:
     identity: IdentityResult
     fidelity: FidelityResult | None
     """None: not asked for."""
+    experts: RoutingAgreement | None = None
+
+    @property
+    def raised(self) -> list[Gate]:
+        """The alarms that went off."""
+        found = self.fidelity.raised if self.fidelity is not None else []
+        return found + ([self.experts.alarm] if self.experts and self.experts.alarm.outcome == "fail" else [])
 
 
 def measure(
@@ -39,6 +47,8 @@ def measure(
     bounds: Bounds,
     progress: Progress,
     cache: Path,
+    folders: tuple[Path, Path] | None = None,
+    texts: int = 0,
 ) -> Found:
     """Ask the reference, stop its server if it is ours, then ask the candidate.
 
@@ -48,6 +58,7 @@ def measure(
     Args:
         options: of the reference, see `served_options`.
         top: tokens listed at each position; 0: greedy texts are compared, nothing is scored.
+        folders: checkpoints of reference and candidate, to compare the experts of `texts` scored texts.
     """
     from validation.endpoint import Sampling
     from validation.fidelity import compare_scores
@@ -74,7 +85,12 @@ def measure(
     if not top:
         return Found(identity, None)
     scored = score_passages(candidate, passages, scoring=scoring, **asked)
-    return Found(identity, compare_scores(scores, scored, again=again, bounds=bounds))
+    experts = None
+    if folders is not None and texts:
+        from packager.release.fidelity import expert_agreement
+
+        experts = expert_agreement(scores, scored, *folders, texts, bounds)
+    return Found(identity, compare_scores(scores, scored, again=again, bounds=bounds), experts)
 
 
 def show(found: Found, table: Table, echo: Callable[[str], None]) -> None:
@@ -121,5 +137,10 @@ def show(found: Found, table: Table, echo: Callable[[str], None]) -> None:
             for s in slices
         ],
     )
-    for gate in fidelity.raised:
+    if found.experts is not None:
+        echo(
+            f"experts: {100 * found.experts.same_set:.1f} % of tokens and layers go to the same set, "
+            f"Jaccard index {found.experts.jaccard:.3f}"
+        )
+    for gate in found.raised:
         echo(f"alarm: {gate.name} {gate.measured:.4g} {gate.unit}, bound {gate.bound:g}")

@@ -85,38 +85,20 @@ class Fidelity:
         )
 
     def experts(self, source: Path, quantized: Path) -> None:
-        """Compare the experts that tokens are sent to, by a forward of our own over the stored weights.
+        """Compare the experts that the scored texts are sent to; see `expert_agreement`."""
+        from validation.fidelity import Bounds
 
-        vLLM 0.32 returns them (`--enable-return-routed-experts`) with its second model runner alone, which
-        has no CPU form. The forward holds one layer at a time.
-        """
-        from packager.bailing.layerwise import LayerwiseForward
-        from packager.checkpoint.source import Checkpoint
-        from validation.fidelity import Bounds, compare_routing
-
-        texts = self._runs[0].passages[: self._spec.routing_texts] if len(self._runs) > 1 else ()
-        prompts = [[int(token) for token in text.tokens] for text in texts]
-        if not prompts:
+        if len(self._runs) < 2:
             return
+        bounds = Bounds(**self._spec.quantize.model_dump())
         try:
-            forwards = [LayerwiseForward(Checkpoint.open(path)) for path in (source, quantized)]
-        except BadInput as err:  # another architecture, or weights that it does not read: packed INT4
+            found = expert_agreement(
+                self._runs[0], self._runs[1], source, quantized, self._spec.routing_texts, bounds
+            )
+        except BadInput as err:  # another architecture, or weights that are not read there: packed INT4
             self._say(f"  expert routing is not measured: {err.message}")
             return
-        one, other = (forward.routing(prompts) for forward in forwards)
-        if not one:
-            return
-        self.routing.append(
-            compare_routing(
-                list(one.values()),
-                list(other.values()),
-                list(one),
-                names=(self._runs[0].label, self._runs[1].label),
-                subjects=(self._runs[0].subject, self._runs[1].subject),
-                source="a forward of our own in FP32 over the stored weights, activations not quantized",
-                bounds=Bounds(**self._spec.quantize.model_dump()),
-            )
-        )
+        self.routing += [found] if found else []
 
     def panels(self) -> tuple[Panel, ...]:
         """What the report shows; nothing if nothing was scored."""
@@ -133,3 +115,39 @@ class Fidelity:
             f"bound {gate.bound:g}."
             for candidate, reference, gate in raised
         )
+
+
+def expert_agreement(
+    reference: ScoredRun, candidate: ScoredRun, source: Path, quantized: Path, texts: int, bounds: Bounds
+) -> RoutingAgreement | None:
+    """Which experts the first `texts` scored texts are sent to, by a forward of our own over stored weights.
+
+    vLLM 0.32 returns them (`--enable-return-routed-experts`) with its second model runner alone, which has no
+    CPU form. The forward holds one layer at a time.
+
+    Returns:
+        None if the model has no experts, or no texts are asked for.
+
+    Raises:
+        BadInput: a checkpoint that the forward does not read.
+    """
+    from packager.bailing.layerwise import LayerwiseForward
+    from packager.checkpoint.source import Checkpoint
+    from validation.fidelity import compare_routing
+
+    prompts = [[int(token) for token in text.tokens] for text in reference.passages[:texts]]
+    if not prompts:
+        return None
+    forwards = [LayerwiseForward(Checkpoint.open(path)) for path in (source, quantized)]
+    one, other = (forward.routing(prompts) for forward in forwards)
+    if not one:
+        return None
+    return compare_routing(
+        list(one.values()),
+        list(other.values()),
+        list(one),
+        names=(reference.label, candidate.label),
+        subjects=(reference.subject, candidate.subject),
+        source="a forward of our own in FP32 over the stored weights, activations not quantized",
+        bounds=bounds,
+    )

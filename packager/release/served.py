@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 STARTUP_TIMEOUT_S = 1800.0
 """Reading 200 GB from a slow disk takes this long; an engine that dies is noticed at once."""
+_DEATH_S = 1.0
+"""A server's port closes this much before its process is gone, at most."""
 
 
 def cache_directory() -> Path:
@@ -197,8 +200,10 @@ class Served:
         try:
             yield self
         except ServerUnreachable:
-            if self._server is not None:
+            deadline = time.monotonic() + _DEATH_S
+            while self._server is not None and time.monotonic() < deadline:
                 self._server.check_alive()
+                time.sleep(0.05)
             raise
         finally:
             self.stop()
