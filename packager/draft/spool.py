@@ -28,7 +28,7 @@ from typing import Any
 
 from packager.draft.engine_process import EngineProcess
 from packager.draft.states import Sample, once, schedule
-from packager.draft.states_file import FILE_OVERHEAD
+from packager.draft.states_file import FILE_OVERHEAD, is_whole
 from packager.errors import BadInput, RemoteFailure
 from packager.recipe import DraftSpec
 
@@ -233,13 +233,10 @@ class Spool:
         part.replace(self.directory / _MARK)
 
     def _whole(self, sample: Sample) -> bool:
-        """Whether the sample's file is there, of the right size; one of another size is deleted."""
-        if not sample.path.exists():
-            return False
-        beside = sample.path.stat().st_size - (len(sample.ids) - 1) * self._per_token
-        if 0 < beside <= FILE_OVERHEAD:
+        """Whether the sample's file is there, to the last byte; another is deleted."""
+        if is_whole(sample.path, len(sample.ids) - 1, self._per_token):
             return True
-        sample.path.unlink()
+        sample.path.unlink(missing_ok=True)
         return False
 
     def _ask(self, samples: Sequence[Sample]) -> None:
