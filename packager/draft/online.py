@@ -49,9 +49,12 @@ def online_states(
         devices: CUDA devices of the engine, as CUDA_VISIBLE_DEVICES names them.
 
     Raises:
-        BadInput: the budget or the disk is too small, or on CUDA no `devices`. RemoteFailure: the engine died
-        or counts layers in another way.
+        BadInput: the budget or the disk is too small; on CUDA no `devices`, or elsewhere some.
+        RemoteFailure: the engine died or counts layers in another way.
     """
+    cuda = ranks.device.type == "cuda"
+    if devices and not cuda:
+        raise BadInput("there is no CUDA device here to capture on", "Leave out --capture-devices.")
     config = Checkpoint.open(target).config()
     layers = (*spec.aux_layers, config["num_hidden_layers"])
     options = {"tensor_parallel_size": devices.count(",") + 1} if devices else {}
@@ -70,7 +73,7 @@ def online_states(
         held,
         bytes_per_token=bytes_per_token(len(layers), config["hidden_size"], spec.states_dtype),
         taken_from=[data.target, layers, spec.states_dtype],
-        engine=None if ranks.rank else _engine(data, job, devices, cuda=ranks.device.type == "cuda"),
+        engine=None if ranks.rank else _engine(data, job, devices, cuda=cuda),
     )
     with spool:
         spool.open(progress)
