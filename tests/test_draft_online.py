@@ -6,6 +6,7 @@ is shown in test_draft_engine.py.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from packager.cli.draft import command
 from packager.draft.curve import LOG_NAME, read_log
 from packager.draft.prepare import DraftData
 from packager.draft.stage import TRAINING_STATE, train
-from packager.errors import BadInput, RemoteFailure
+from packager.errors import BadInput, RemoteFailure, UsageProblem
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -180,6 +181,10 @@ def test_an_engine_that_dies_and_a_full_disk_lose_nothing(
     assert "goes on from the last checkpoint" in caught.value.remedy
     there = set(data.spool.glob("kept-*"))
     assert there
+    with (data.spool / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UsageProblem, match="another run trains on"):
+            train(target, spec, data, lambda _: None)
     log = engine("full")
     with pytest.raises(BadInput, match=r"the disk of .*spool is full"):
         train(target, spec, data, lambda _: None)

@@ -15,6 +15,7 @@ and deletes. There is no thread: room appears when a checkpoint is saved, and th
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -24,15 +25,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from packager.draft.engine_process import EngineProcess
 from packager.draft.states import Sample, once, schedule
 from packager.draft.states_file import FILE_OVERHEAD, is_whole
-from packager.errors import BadInput, RemoteFailure
+from packager.errors import BadInput, RemoteFailure, UsageProblem
 from packager.recipe import DraftSpec
 
-_MARK = "spool.json"
+_MARK, _LOCK = "spool.json", "lock"
 _POLL_S = 0.005
 _ANEW = "Delete that file and run `packager draft train` again: it is captured anew, and no step is lost."
 PROOF_SAMPLES = 2
@@ -116,6 +117,7 @@ class Spool:
         self._ahead: Iterator[Unit] = iter(())
         self._next: Unit | None = None
         self._closed = threading.Event()
+        self._locked: IO[str] | None = None
 
     def __enter__(self) -> Spool:
         return self
@@ -191,7 +193,8 @@ class Spool:
         """Make the folder one for these data and have the states captured that stay.
 
         Raises:
-            BadInput: the budget or the disk is too small. RemoteFailure: the engine died.
+            BadInput: the budget or the disk is too small. UsageProblem: another run has the folder.
+        RemoteFailure: the engine died.
         """
         if self._engine is None:
             while self._found_marks() != self._marks:
@@ -201,12 +204,23 @@ class Spool:
                 progress(f"draft: {line}")
             self.directory.mkdir(parents=True, exist_ok=True)
             self._require_room()
+            self._lock()
             self._claim(progress)
             self._used = self.peak = self.need.kept
             self._require_free(self.need.kept)
             for group in once(self.kept, self.spec.batch_tokens):
                 self._ask(group)
         self._wait(self.kept)
+
+    def _lock(self) -> None:
+        """Keep a second run out, which would delete what this one waits for; it ends with the process."""
+        self._locked = (self.directory / _LOCK).open("w")
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageProblem(
+                f"another run trains on {self.directory}", "Wait for it, or take another work directory."
+            ) from None
 
     def _found_marks(self) -> dict[str, str]:
         try:
@@ -226,7 +240,7 @@ class Spool:
         same_steps = was.get("steps") == self._marks["steps"]
         for path in self.directory.iterdir():
             of_step = same_steps and path.suffix == ".safetensors" and not path.name.startswith("kept-")
-            if path.name not in expected and not of_step and path.name != _MARK:
+            if path.name not in {*expected, _MARK, _LOCK} and not of_step:
                 path.unlink()
         part = self.directory / f"{_MARK}.partial"
         part.write_text(json.dumps(self._marks), encoding="utf-8")
@@ -345,6 +359,8 @@ class Spool:
         self.stop()
         if self._engine is not None:
             self._engine.close()
+        if self._locked is not None:
+            self._locked.close()
 
 
 def _names(samples: Sequence[Sample]) -> list[Any]:
