@@ -84,6 +84,10 @@ def prepare(
     online = spec.states == "online"
     if not online:
         drop_torn(data, per_token, progress)
+    elif there := data.states_bytes():
+        progress(
+            f"draft: {data.states} holds {there / 1e9:.3g} GB of states that on-line training does not read"
+        )
 
     def prove() -> None:
         if not online:
