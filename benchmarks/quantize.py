@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--sustained", action="store_true", help="speed and memory by tenths of one run")
     parser.add_argument("--llmcompressor", action="store_true", help="measure model_free_ptq as well (slow)")
     options = parser.parse_args()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         root = Path(name)
         source, out, copy = root / "source", root / "fp8", root / "copy.safetensors"

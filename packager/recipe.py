@@ -293,6 +293,13 @@ class ValidateSpec(Spec):
     """Longest answer to an item."""
     dense_baseline: str | None = None
     """Folder of the dense checkpoint whose speed is compared; None: the nano's sibling, or not measured."""
+    draft_tokens: tuple[int, ...] = ()
+    """Draft lengths K at which the release measures its draft, by concurrency, task, language and context, as
+    `draft evaluate` does; the fastest at each concurrency goes into the serve settings. Empty: only
+    draft.num_speculative_tokens, and less of it."""
+    draft_evaluations: tuple[str, ...] = ()
+    """Files of `draft evaluate --out` that the report shows. Each must have been measured on this release's
+    target, one at least with its draft; those of other drafts are compared with it."""
     throughput_prompts: int = Field(default=24, gt=0)
     throughput_output_tokens: int = Field(default=96, gt=0)
     seed: int = 0

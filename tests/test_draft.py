@@ -219,6 +219,12 @@ def test_training_learns_a_deterministic_language(data: DraftData, target: Path)
     assert after.predicted.length > 2.7
     assert list(after.predicted.per_position) == sorted(after.predicted.per_position, reverse=True)
     assert after.metrics["coverage"]["language"] == {"en": 1.0, "zh": 1.0}
+    sealed = after.metrics["predicted_acceptance"]
+    assert list(sealed["by_tokens"]) == ["1", "2", "3"]
+    assert sealed["by_tokens"]["3"] == sealed["per_position"]
+    assert sealed["by_task"] == {"chain": sealed["by_tokens"]}
+    lengths = [1 + sum(rates) for rates in sealed["by_tokens"].values()]
+    assert lengths == sorted(lengths), "a longer draft yields no fewer tokens"
 
 
 def test_predicted_acceptance_walks_as_serving_does(data: DraftData) -> None:
@@ -235,6 +241,8 @@ def test_predicted_acceptance_walks_as_serving_does(data: DraftData) -> None:
     ]
     counts, drafts = count_accepted(batch, right)
     assert (counts, drafts) == ([2, 1, 1], 3)
+    # Of one token each: verified behind 0, 2 (even: wrong), 3, 5 and, past the right one, no further label.
+    assert count_accepted(batch, right[:1]) == ([3], 4)
 
 
 @pytest.mark.slow

@@ -240,7 +240,8 @@ def test_vllm_drafts_by_batch_as_the_settings_say_from_a_speculators_export(
     data: DraftData, target: Path, tmp_path: Path
 ) -> None:
     """Three tokens for one request at once, none for more, none behind a long prompt: the counters tell.
-    The draft is the same as above, in the form of the speculators library."""
+    The draft is the same as above, in the form of the speculators library, and is itself the model to serve:
+    vLLM finds the target in its config."""
     trained = train(target, SPEC, data, lambda _: None)
     draft = tmp_path / "draft"
     export(draft, trained, target, recipe_digest="sha256:0", inputs={}, verifier=str(target))
@@ -249,7 +250,7 @@ def test_vllm_drafts_by_batch_as_the_settings_say_from_a_speculators_export(
         SpeculationRange(num_speculative_tokens=0),
     )
     prompts = language.heldout_items(3)
-    spec = ServeSpec(target, draft=draft, speculation=ranges, speculation_max_context=1024)
+    spec = ServeSpec(draft, draft=draft, speculation=ranges, speculation_max_context=1024)
     with Server(spec, tmp_path / "server.log") as server:
         readings = [server.metrics()]
         for concurrency in (1, 8):

@@ -98,7 +98,7 @@ from vllm.model_executor.models import llama_eagle3
 from packager.bailing.vllm_plugin import register
 from packager.draft.config import tensor_shapes
 
-target, port = sys.argv[1:]
+target, port, window = sys.argv[1:]
 register()
 engine = EngineArgs(
     model=target, skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16",
@@ -134,8 +134,11 @@ with set_current_vllm_config(engine):
             model.load_weights(weights(**wrong))
         except (AssertionError, ValueError, KeyError, RuntimeError) as err:
             refused.append(type(err).__name__)
+    draft = engine.speculative_config.draft_model_config
+    draft.hf_config.update(json.loads(window))
+    with torch.device("meta"):
+        windowed = llama_eagle3.Eagle3LlamaForCausalLM(vllm_config=engine, prefix="windowed")
 rope = model.model.layers[0].self_attn.rotary_emb
-draft = engine.speculative_config.draft_model_config
 print("RESULT" + json.dumps({
     "meta": all(p.is_meta for p in model.parameters()),
     "parameters": sorted(name for name, _ in model.named_parameters()),
@@ -145,6 +148,7 @@ print("RESULT" + json.dumps({
     "kv_heads": model.model.layers[0].self_attn.total_num_kv_heads,
     "rope": [type(rope).__name__, rope.rotary_dim, rope.base, rope.scaling_factor,
              rope.max_position_embeddings],
+    "windows": [built.model.layers[0].self_attn.attn.sliding_window for built in (model, windowed)],
     "max_model_len": [engine.model_config.max_model_len, draft.max_model_len],
     "vocabulary": [draft.hf_config.vocab_size, draft.hf_config.draft_vocab_size],
 }))
@@ -160,11 +164,13 @@ def test_vllms_own_draft_class_takes_every_tensor_at_full_size(
     (tmp_path / "draft").mkdir()
     (tmp_path / "config.json").write_text(json.dumps(target))
     (tmp_path / "draft/config.json").write_text(json.dumps(config))
+    with_window = draft_config(target, RECIPE.draft.model_copy(update={"sliding_window": 2048}))
+    window = {name: value for name, value in with_window.items() if name not in config}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-c", _ON_META, str(tmp_path), str(port)],
+        [sys.executable, "-c", _ON_META, str(tmp_path), str(port), json.dumps(window)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -179,5 +185,6 @@ def test_vllms_own_draft_class_takes_every_tensor_at_full_size(
     assert found["qkv"] == [(32 + 2 * 4) * 128, 2 * 4096]
     assert found["kv_heads"] == 4
     assert found["rope"] == ["YaRNScalingRotaryEmbedding", 128, 600000, 4.0, 32768]
+    assert found["windows"] == [None, 2048], "what an export with a window says reaches the attention"
     assert found["max_model_len"] == [131072, 131072]
     assert found["vocabulary"] == [157184, 32000]

@@ -102,7 +102,8 @@ def test_training_on_line_is_training_off_line_within_the_budget(
 
     found = train(target, ONLINE, data, lines.append, on_step=look)
     assert (data.workdir / LOG_NAME).read_bytes() == (twin.workdir / LOG_NAME).read_bytes()
-    assert found.predicted == offline.predicted
+    assert found.predictions == offline.predictions
+    assert found.metrics | {"layer_proof": 0} == offline.metrics | {"layer_proof": 0}
     for name, value in load_file(twin.workdir / TRAINING_STATE).items():
         assert torch.equal(load_file(data.workdir / TRAINING_STATE)[name], value), name
 
@@ -115,7 +116,7 @@ def test_training_on_line_is_training_off_line_within_the_budget(
     )
 
     log = engine()  # what `export` does: nothing is left to capture
-    assert train(target, ONLINE, data, lambda _: None).predicted == found.predicted
+    assert train(target, ONLINE, data, lambda _: None).predictions == found.predictions
     assert not log.exists()
 
 

@@ -84,17 +84,33 @@ def test_speed_that_does_not_grow_needs_no_acceptance_that_exists() -> None:
 
 @pytest.mark.parametrize(("served", "alarm"), [(3.0, False), (2.87, False), (2.84, True), (3.2, True)])
 def test_predicted_and_served_part_with_an_alarm(served: float, alarm: bool) -> None:
-    metrics = {"predicted_acceptance": {"per_position": [0.8, 0.7, 0.5], "length": 3.0}}
+    metrics = {"predicted_acceptance": {"by_tokens": {"3": [0.8, 0.7, 0.5]}, "length": 3.0}}
     found = agreement(metrics, 3, served)
     assert isinstance(found, Agreement)
     assert math.isclose(found.predicted, 3.0)
     assert found.alarm is alarm
 
 
+def test_a_prediction_is_for_the_tasks_that_were_served() -> None:
+    """One task in four drafts is hard; training saw as many of either."""
+    sealed = {
+        "by_tokens": {"2": [0.7, 0.5]},
+        "by_task": {"easy": {"2": [0.9, 0.8]}, "hard": {"2": [0.5, 0.2]}},
+    }
+    metrics = {"predicted_acceptance": sealed}
+    mixed = agreement(metrics, 2, 2.5, {"easy": 300, "hard": 100})
+    assert mixed is not None
+    assert mixed.predicted == pytest.approx(1 + 0.75 * 1.7 + 0.25 * 0.7)
+    unknown = agreement(metrics, 2, 2.5, {"easy": 300, "new": 100})
+    assert unknown is not None
+    assert unknown.predicted == pytest.approx(2.2), "no prediction for one of them: that of all counts"
+
+
 def test_what_was_not_predicted_is_not_compared() -> None:
-    metrics = {"predicted_acceptance": {"per_position": [0.8, 0.7, 0.5]}}
+    """A prediction is for one length: a shorter draft starts from other tokens than a longer one."""
+    metrics = {"predicted_acceptance": {"by_tokens": {"2": [0.9, 0.7], "3": [0.8, 0.7, 0.5]}}}
     assert agreement(metrics, 5, 3.0) is None
     assert agreement({}, 3, 3.0) is None
     shorter = agreement(metrics, 2, 2.5)
     assert shorter is not None
-    assert shorter.predicted == pytest.approx(2.5)
+    assert shorter.predicted == pytest.approx(2.6)

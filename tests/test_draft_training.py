@@ -445,8 +445,26 @@ def test_the_best_weights_are_kept_not_the_last(data: DraftData, target: Path, t
     measured = {row["step"]: row["held_out"]["length"] for row in rows if "held_out" in row}
     assert measured[110] < measured[100], "nothing was lost: this shows nothing"
     assert trainer.best.step == 100
-    assert kept.length == max(measured.values()) == measured[100]
+    assert kept[3].length == max(measured.values()) == measured[100]
     assert all(torch.equal(value, weights[name]) for name, value in trainer.head.state_dict().items())
+
+
+@pytest.mark.parametrize(("changes", "longest"), [({"ttt_steps": 5}, 5), ({"num_speculative_tokens": 7}, 7)])
+def test_a_prediction_reaches_as_far_as_training_or_the_recipe(
+    data: DraftData, target: Path, tmp_path: Path, changes: dict[str, int], longest: int
+) -> None:
+    """And is for each length what a run with that length would have said."""
+    from packager.draft.loss import accepted_of
+    from packager.draft.states import samples
+
+    held = samples(data.records(), data.states)[50:]
+    trainer = _trainer(target, tmp_path, spec=changes)
+    found = trainer.predict(held)
+    assert list(found) == list(range(1, longest + 1))
+    assert [len(one.per_position) for one in found.values()] == list(found)
+    alone = trainer._counts(held, [3])[3]
+    assert found[3] == accepted_of(*alone)
+    assert found[3].drafts > 0
 
 
 def test_patience_without_measurements_is_refused(data: DraftData, target: Path) -> None:

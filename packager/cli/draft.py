@@ -12,7 +12,9 @@ import click
 from pydantic import ValidationError
 
 from packager.cli import options
-from packager.cli.draft_evaluate import breakeven_command, evaluate_command
+from packager.cli.draft_breakeven import breakeven_command
+from packager.cli.draft_compare import compare_command
+from packager.cli.draft_evaluate import evaluate_command
 from packager.cli.output import progress, training_bar
 from packager.errors import BadInput, UsageProblem
 from packager.recipe import DraftLoss, DraftSpec, StatesDtype, StatesMode, load_recipe
@@ -286,4 +288,5 @@ def export_command(
 
 
 command.add_command(evaluate_command)
+command.add_command(compare_command)
 command.add_command(breakeven_command)

@@ -1,5 +1,4 @@
-"""`packager draft evaluate` and `packager draft breakeven`: what a draft is worth, and what it would have to
-be."""
+"""`packager draft evaluate`: what a draft is worth on its target."""
 
 from __future__ import annotations
 
@@ -11,65 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packager.cli import options
+from packager.cli.draft_measuring import (
+    DIRECTORY,
+    FILE,
+    WIDTH,
+    measuring,
+    prompts_of,
+    require_servable,
+    whole_numbers,
+)
 from packager.cli.output import progress
 from packager.errors import BadInput, RemoteFailure, UsageProblem
-from packager.recipe import DraftSpec, load_recipe
 
 if TYPE_CHECKING:
-    from packager.release.draft_breakeven import Breakeven
     from packager.release.draft_evaluation import DraftEvaluation
 
-WIDTH = 80
-_DIRECTORY = click.Path(path_type=Path, file_okay=False)
-_FILE = click.Path(path_type=Path, dir_okay=False)
 _LISTED = 5
-
-
-def _numbers(
-    ctx: click.Context,  # noqa: ARG001 - the calling convention of click
-    param: click.Parameter,
-    value: str | None,
-) -> tuple[int, ...]:
-    """Whole numbers from 1 on, each once, ascending: of `1,3,5`, or of a range `1-7`."""
-    found: set[int] = set()
-    try:
-        for part in value.split(",") if value else ():
-            low, to, high = part.partition("-")
-            found.update(range(int(low), int(high if to else low) + 1))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not numbers such as 1,3,5 or 1-7", param=param) from None
-    if value and (not found or min(found) < 1):
-        raise click.BadParameter(f"{value!r}: give numbers from 1 on", param=param)
-    return tuple(sorted(found))
-
-
-def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
-    """The prompts of a file, or held-out items of the nano's language, `count` at most."""
-    if source is None:
-        from packager.nano import language
-
-        # Tasks in turn, so that a smaller count still has some of each.
-        per_task = -(-count // len(language.TASKS))
-        items = language.heldout_items(per_task)
-        return [items[task * per_task + i] for i in range(per_task) for task in range(len(language.TASKS))][
-            :count
-        ]
-    from packager.draft.prompts import read_prompts_file
-
-    return read_prompts_file(source)[:count]
-
-
-def _require_servable(target: Path) -> None:
-    """Raise BadInput if this machine's vLLM has no kernels for the weights of `target`."""
-    from packager.serving import fp8_runs_here
-    from packager.serving.serve_file import is_fp8
-
-    runs, reason = fp8_runs_here()
-    if is_fp8(target) and not runs:
-        raise BadInput(
-            f"{target} is FP8, and {reason}",
-            f"Run `packager dequantize {target} OUT` and give OUT.",
-        )
 
 
 def _long_prompts(source: Path | None, contexts: tuple[int, ...], count: int) -> list[dict[str, Any]]:
@@ -88,47 +44,33 @@ def _long_prompts(source: Path | None, contexts: tuple[int, ...], count: int) ->
 
 
 @click.command("evaluate")
-@click.argument("target", type=_DIRECTORY)
-@click.argument("draft", type=_DIRECTORY)
+@click.argument("target", type=DIRECTORY)
+@click.argument("draft", type=DIRECTORY)
 @click.option("--import", "imported", is_flag=True, help="Somebody else's DRAFT, in any form engines know.")
-@click.option(
-    "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it held-out nano items."
-)
-@click.option("--count", type=click.IntRange(min=1), default=60, show_default=True, help="Prompts.")
+@measuring(count=60, repeats=1)
 @click.option(
     "--tokens",
-    callback=_numbers,
+    callback=whole_numbers,
     metavar="N,N,…",
     default="3",
     show_default=True,
     help="Draft tokens a step: 1,3,5 or 1-7.",
 )
 @click.option(
-    "--concurrency",
-    callback=_numbers,
-    metavar="N,N,…",
-    default="1",
-    show_default=True,
-    help="For instance 1,16.",
-)
-@click.option(
     "--context",
     "contexts",
-    callback=_numbers,
+    callback=whole_numbers,
     metavar="N,N,…",
     help="Also by prompt length, up to each of these tokens.",
 )
 @click.option("--context-count", type=click.IntRange(min=1), default=12, show_default=True)
 @click.option("--max-response-tokens", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option(
-    "--repeats",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Timed passes; the fastest counts.",
-)
-@click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--check-only", is_flag=True, help="Check the files; serve nothing.")
+@click.option(
+    "--out",
+    type=FILE,
+    help="Also write the evaluation, with the digests of what was measured, for `draft compare` and reports.",
+)
 @options.as_json
 def evaluate_command(
     target: Path,
@@ -144,6 +86,7 @@ def evaluate_command(
     repeats: int,
     tensor_parallel: int,
     check_only: bool,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     """Check DRAFT and measure on TARGET, served by vLLM, what it is worth.
@@ -155,21 +98,22 @@ def evaluate_command(
     from packager.artifact import is_sealed, read_manifest
     from packager.draft.imported import look_at
     from packager.release.draft_evaluation import Plan, evaluate_draft
+    from packager.release.draft_record import KIND, SCHEMA_VERSION, measured, record_of, write_record
     from packager.serving import ServeSpec
 
     found = look_at(draft, target)
     for problem in found.problems:
         progress(f"problem: {problem}")
-    document: dict[str, Any] = {
-        "kind": "draft evaluation",
-        "schema_version": 1,
-        "target": str(target),
-        "draft": str(draft),
-        "form": found.form,
-        "problems": found.problems,
-        "cannot_be_measured": found.obstacles,
-    }
+    names = {"target": target.resolve().name, "draft": draft.resolve().name}
     if check_only:
+        document: dict[str, Any] = {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            **names,
+            "form": found.form,
+            "problems": found.problems,
+            "cannot_be_measured": found.obstacles,
+        }
         text = f"{len(found.problems)} problems in {draft} ({found.form})"
         click.echo(json.dumps(document, ensure_ascii=False) if as_json else text)
         if found.problems:
@@ -180,11 +124,11 @@ def evaluate_command(
             f"{draft} cannot be measured:\n" + "\n".join(f"  {one}" for one in found.obstacles),
             "Convert it, or ask its publisher; --check-only lists all problems.",
         )
-    _require_servable(target)
+    require_servable(target)
     plan = Plan(
         ServeSpec(target, tensor_parallel=tensor_parallel),
         draft,
-        _prompts(source, count),
+        prompts_of(source, count),
         tokens,
         concurrency,
         max_response_tokens,
@@ -192,6 +136,9 @@ def evaluate_command(
         contexts,
         _long_prompts(source, contexts, context_count),
     )
+    if out is not None and not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is not a folder, so {out.name} cannot be written there")
+    bound = measured(target, draft, plan.prompts, plan.long_prompts)
     metrics = {} if imported or not is_sealed(draft) else read_manifest(draft).metrics
     try:
         result = evaluate_draft(plan, metrics, progress)
@@ -202,8 +149,11 @@ def evaluate_command(
         raise RemoteFailure(
             f"the engine failed with a draft that has problems:\n{listed}\n{err.message}", err.remedy
         ) from err
+    record = record_of(result, bound, found, **names)
+    if out is not None:
+        write_record(out, record)
     if as_json:
-        click.echo(json.dumps(document | result.as_dict(), ensure_ascii=False))
+        click.echo(json.dumps(record.model_dump(mode="json"), ensure_ascii=False))
     else:
         _print_evaluation(result, found.problems)
 
@@ -309,112 +259,3 @@ def _print_findings(result: DraftEvaluation, problems: list[str]) -> None:
 
 def _rates(rates: tuple[float, ...]) -> str:
     return " ".join(f"{rate:.2f}".removeprefix("0") for rate in rates)
-
-
-@click.command("breakeven")
-@click.argument("target", type=_DIRECTORY)
-@click.option("--recipe", type=_FILE, help="Take the draft's shape from a release recipe.")
-@click.option("--vocab-size", type=click.IntRange(min=1), help="Draft vocabulary.")
-@click.option("--aux-layers", callback=_numbers, metavar="N,N,…", help="Layers whose inputs feed the draft.")
-@click.option("--intermediate-size", type=click.IntRange(min=1))
-@click.option(
-    "--prompts", "source", type=_FILE, help="JSONL of chat messages; without it held-out nano items."
-)
-@click.option("--count", type=click.IntRange(min=1), default=12, show_default=True, help="Prompts.")
-@click.option("--tokens", type=click.IntRange(min=1), default=3, show_default=True, help="Draft tokens (K).")
-@click.option(
-    "--concurrency",
-    callback=_numbers,
-    metavar="N,N,…",
-    default="1",
-    show_default=True,
-    help="For instance 1,16.",
-)
-@click.option("--output-tokens", type=click.IntRange(min=2), default=96, show_default=True)
-@click.option(
-    "--repeats",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="Timed passes; the fastest counts.",
-)
-@click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True)
-@options.as_json
-def breakeven_command(
-    target: Path,
-    recipe: Path | None,
-    vocab_size: int | None,
-    aux_layers: tuple[int, ...],
-    intermediate_size: int | None,
-    source: Path | None,
-    count: int,
-    tokens: int,
-    concurrency: tuple[int, ...],
-    output_tokens: int,
-    repeats: int,
-    tensor_parallel: int,
-    as_json: bool,
-) -> None:
-    """The acceptance length at which a draft for TARGET would pay, before one is trained.
-
-    Serves TARGET with an untrained draft of the right shape whose tokens vLLM accepts at random.
-    """
-    from packager.release.draft_breakeven import measure_breakeven
-    from packager.serving import ServeSpec
-
-    given: dict[str, Any] = load_recipe(recipe).draft.model_dump() if recipe else {"prompts": 1, "steps": 1}
-    for key, value in (
-        ("vocab_size", vocab_size),
-        ("aux_layers", aux_layers or None),
-        ("intermediate_size", intermediate_size),
-    ):
-        if value is not None:
-            given[key] = value
-    if missing := [key for key in ("vocab_size", "aux_layers") if key not in given]:
-        raise UsageProblem(
-            f"--{missing[0].replace('_', '-')} is missing", "Give it, or a recipe that has it with --recipe."
-        )
-    _require_servable(target)
-    serve = ServeSpec(target, tensor_parallel=tensor_parallel)
-    found = measure_breakeven(
-        serve,
-        DraftSpec(**given),
-        _prompts(source, count),
-        tokens=tokens,
-        concurrency=concurrency,
-        output_tokens=output_tokens,
-        repeats=repeats,
-        say=progress,
-    )
-    if as_json:
-        document = {"kind": "draft breakeven", "schema_version": 1, "target": str(target), **found.as_dict()}
-        click.echo(json.dumps(document, ensure_ascii=False))
-    else:
-        _print_breakeven(found)
-
-
-def _print_breakeven(found: Breakeven) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from packager.release.draft_breakeven import SPEEDUPS
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("at once", "tokens/s without", *(f"{ratio:g}x needs" for ratio in SPEEDUPS), "line within"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for concurrency, level in found.levels.items():
-        table.add_row(
-            str(concurrency),
-            f"{level.without:.0f}",
-            *(_needed(level.length_for(ratio), found.tokens) for ratio in SPEEDUPS),
-            f"{level.line.worst_residual:.1%}",
-        )
-    click.echo(f"acceptance length needed with {found.tokens} draft tokens")
-    Console(file=sys.stdout, width=WIDTH, highlight=False, markup=False).print(table)
-
-
-def _needed(length: float | None, tokens: int) -> str:
-    if length is None or length > tokens + 1:
-        return "out of reach"
-    return "any" if length <= 1 else f"{length:.2f}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,18 +13,20 @@ import click
 
 from packager.cli import options
 from packager.errors import UsageProblem
-from packager.serving.engine import ServeSpec, vllm_command
-from packager.serving.hardware import GB, hardware_file, parse_hardware
+from packager.serving.engine import ServeSpec, sglang_command, vllm_command
 from packager.serving.plan import (
-    Bound,
     Fit,
     Plan,
-    Precision,
     held_precision,
     make_plan,
     model_bytes,
+    over_concurrency,
     shape_config,
 )
+from validation.errors import MeasurementError
+from validation.hardware import GB, Hardware, hardware_file, parse_hardware
+from validation.models import Precision
+from validation.roofline import Rate
 
 _RELEASED = Path("BUNDLE")
 """Stands in the command for the folder that a release makes."""
@@ -54,6 +58,7 @@ _RELEASED = Path("BUNDLE")
     type=click.FloatRange(min=1),
     help="Tokens a target step yields with the draft: an assumption, for a bound with the draft.",
 )
+@click.option("--plot", is_flag=True, help="Draw the bound over concurrency, in the terminal.")
 @options.as_json
 def command(
     source: str | None,
@@ -66,6 +71,7 @@ def command(
     draft_vocab: int | None,
     draft_tokens: int,
     acceptance_length: float | None,
+    plot: bool,
     as_json: bool,
 ) -> None:
     """Whether the model in SOURCE can be served, and how fast at best.
@@ -75,8 +81,8 @@ def command(
     Weights need not be there: bytes are computed from config.json. The bound on speed is what bandwidth and
     arithmetic allow; no engine reaches it.
     """
-    from packager.bailing.config import BailingConfig
     from packager.checkpoint.source import CONFIG_NAME, open_folder
+    from packager.layouts import Described
 
     if (source is None) == (shape is None):
         raise UsageProblem(
@@ -86,7 +92,7 @@ def command(
         folder, config = None, shape_config(shape)
     else:
         folder = open_folder(str(source))
-        config = BailingConfig.parse(folder.json(CONFIG_NAME), folder.where(CONFIG_NAME))
+        config = Described.parse(folder.json(CONFIG_NAME), folder.where(CONFIG_NAME))
     if acceptance_length is not None and acceptance_length > draft_tokens + 1:
         raise UsageProblem(
             f"{draft_tokens} draft tokens cannot yield {acceptance_length} tokens a step",
@@ -105,7 +111,7 @@ def command(
     length = context or config.max_position_embeddings
     plan = make_plan(
         model,
-        parse_hardware(hardware) if hardware else None,
+        _cards(hardware) if hardware else None,
         context=length,
         concurrency=concurrency,
         acceptance_length=acceptance_length,
@@ -118,7 +124,7 @@ def command(
     if folder and folder.path is None and as_it_is:
         made_by = f"`hf download {' --revision '.join(folder.name.removeprefix('hf://').split('@'))}` prints"
     chosen = plan.fit if plan.fits else plan.alternative
-    serve = None
+    serve: dict[str, list[str]] = {}
     if chosen is not None:
         spec = ServeSpec(
             model=served or _RELEASED,
@@ -127,15 +133,25 @@ def command(
             max_model_len=length,
             tensor_parallel=chosen.hardware.count,
         )
-        serve = vllm_command(spec, target="cuda")
-    longer = length > config.max_position_embeddings
+        serve = {"vLLM": vllm_command(spec, target="cuda"), "SGLang": sglang_command(spec)}
+    trained = config.max_position_embeddings
+    longer = trained if length > trained else None
     if as_json:
         click.echo(json.dumps(_document(plan, serve, longer), indent=2))
     else:
         _print(plan, serve, None if served else made_by, longer, acceptance_length)
+        if plot and plan.fits:
+            _plot(over_concurrency(plan))
 
 
-def _document(plan: Plan, serve: list[str] | None, longer: bool) -> dict[str, Any]:
+def _cards(text: str) -> Hardware:
+    try:
+        return parse_hardware(text)
+    except MeasurementError as err:
+        raise UsageProblem(err.message, err.remedy) from None
+
+
+def _document(plan: Plan, serve: dict[str, list[str]], longer: int | None) -> dict[str, Any]:
     model = plan.model
     return {
         "kind": "plan",
@@ -148,7 +164,7 @@ def _document(plan: Plan, serve: list[str] | None, longer: bool) -> dict[str, An
         "draft_from": model.draft_source,
         "kv_bytes_per_token": model.kv_per_token,
         "context": plan.context,
-        "needs_context_extension": longer,
+        "needs_context_extension": longer is not None,
         "concurrency": plan.concurrency,
         "hardware": plan.fit.hardware.label,
         "fits": plan.fits,
@@ -162,11 +178,24 @@ def _document(plan: Plan, serve: list[str] | None, longer: bool) -> dict[str, An
         "decode_bounds_with_draft": [_bound(bound) for bound in plan.draft_bounds],
         "smallest_that_fits": plan.alternative.hardware.label if plan.alternative else None,
         "smallest_of_these_cards": plan.same_card.hardware.label if plan.same_card else None,
-        "serve_command": serve,
+        "splits": [
+            {
+                "hardware": split.fit.hardware.label,
+                "fits": split.fit.problem is None,
+                "problem": split.fit.problem,
+                "expert_parallel": split.expert_parallel,
+                "kv_cache_tokens": split.fit.kv_tokens,
+            }
+            for split in plan.splits
+        ],
+        "prefill_seconds_bound": plan.prefill.seconds if plan.prefill else None,
+        "over_concurrency": [_bound(bound) for bound in over_concurrency(plan)] if plan.fits else [],
+        "serve_command": serve.get("vLLM"),
+        "sglang_command": serve.get("SGLang"),
     }
 
 
-def _bound(bound: Bound) -> dict[str, Any]:
+def _bound(bound: Rate) -> dict[str, Any]:
     return {
         "concurrency": bound.concurrency,
         "context": bound.context,
@@ -188,7 +217,7 @@ def _size(count: float) -> str:
 
 
 def _print(
-    plan: Plan, serve: list[str] | None, made_by: str | None, longer: bool, acceptance: float | None
+    plan: Plan, serve: dict[str, list[str]], made_by: str | None, longer: int | None, acceptance: float | None
 ) -> None:
     model, found = plan.model, plan.fit
     share = hardware_file().engine
@@ -214,15 +243,44 @@ def _print(
         click.echo(f"{name:<11} {value}")
     _print_bounds("decoding, at best", plan.bounds)
     _print_bounds(f"with the draft, if {acceptance or 0:g} tokens a step are accepted", plan.draft_bounds)
-    if serve is None:
+    if plan.prefill is not None:
+        click.echo(
+            f"\nreading a prompt of {plan.context} tokens: {plan.prefill.seconds:.2f} s at best "
+            f"({plan.prefill.limited_by})"
+        )
+    _print_splits(plan)
+    if not serve:
         return
-    click.echo("\nserve with" if plan.fits else "\nthere, serve with")
-    click.echo(f"  {shlex.join(serve)}")
+    where = "" if plan.fits else "there, "
+    for engine, line in serve.items():
+        click.echo(f"\n{where}serve with {engine}")
+        click.echo(f"  {shlex.join(line)}")
     if made_by:
         click.echo(f"  ({_RELEASED} is the folder that {made_by})")
     if longer:
-        trained = model.config.max_position_embeddings
-        click.echo(f"  (the config says {trained} tokens: extend it first with `packager extend-context`)")
+        click.echo(f"  (the config says {longer} tokens: extend it first with `packager extend-context`)")
+
+
+def _print_splits(plan: Plan) -> None:
+    click.echo(f"\nways to split it over cards like this one, for {plan.context} tokens:")
+    for split in plan.splits:
+        found = split.fit
+        if found.problem is not None:
+            says = found.problem
+        else:
+            says = f"{found.kv_tokens} tokens of cache"
+            if split.expert_parallel:
+                says += "; experts may stay whole (--enable-expert-parallel)"
+        click.echo(textwrap.fill(f"  {found.hardware.label}: {says}", 79, subsequent_indent="    "))
+
+
+def _plot(bounds: Sequence[Rate]) -> None:
+    most = max(bound.tokens_per_s for bound in bounds)
+    click.echo(f"\nbound over concurrency, {bounds[0].context} tokens of context each:")
+    click.echo(f"  {'concurrency':>11} {'tokens/s':>9} {'each':>7}")
+    for bound in bounds:
+        bar = "█" * max(1, round(44 * bound.tokens_per_s / most))
+        click.echo(f"  {bound.concurrency:>11} {bound.tokens_per_s:>9.0f} {bound.each:>7.0f} {bar}")
 
 
 def _verdict(plan: Plan, found: Fit) -> str:
@@ -246,7 +304,7 @@ def _room(plan: Plan, found: Fit) -> str:
     return text
 
 
-def _print_bounds(title: str, bounds: tuple[Bound, ...]) -> None:
+def _print_bounds(title: str, bounds: tuple[Rate, ...]) -> None:
     if not bounds:
         return
     click.echo(f"\n{title}: (roofline bound, not a measurement)")

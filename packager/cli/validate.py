@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packager.cli import options
+from packager.cli.validate_claims import claims
 from packager.cli.validate_structure import structure
 from packager.errors import BadInput, GateFailed
 
@@ -33,6 +34,7 @@ def command() -> None:
 
 
 command.add_command(structure)
+command.add_command(claims)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,9 @@ def draft_config(target: Mapping[str, Any], spec: DraftSpec) -> dict[str, Any]:
     reads `eagle_config` alone and adds one).
 
     A sliding window stands as `sliding_window` with `layer_types`: vLLM's llama.py takes the former only
-    where the latter says so. SGLang's llama_eagle3.py reads neither; it has
-    `--speculative-draft-window-size`.
+    where the latter says so. It does so in a running engine: a nano draft given a window of 16 served an
+    acceptance length of 2.480 at K = 3, predicted with that window 2.467, without it 3.292. SGLang's
+    llama_eagle3.py reads neither; it has `--speculative-draft-window-size`.
 
     Raises:
         BadInput: the recipe's aux layers or draft vocabulary do not fit the target.

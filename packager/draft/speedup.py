@@ -166,15 +166,27 @@ class Agreement:
         }
 
 
-def agreement(metrics: Mapping[str, Any], tokens: int, served: float) -> Agreement | None:
-    """Compare with the prediction that training sealed; None where it predicts fewer positions than `tokens`.
+def agreement(
+    metrics: Mapping[str, Any], tokens: int, served: float, drafts: Mapping[str, int] | None = None
+) -> Agreement | None:
+    """Compare with the prediction that training sealed; None where it made none for `tokens`.
+
+    Tasks differ in how well they are drafted, so a prediction is for a mixture of them. With `drafts`, and a
+    prediction for each of its tasks, it is made for the mixture that was served.
 
     Args:
         metrics: of the draft's manifest, with `predicted_acceptance`.
         tokens: draft tokens a step, K.
         served: acceptance length at that K.
+        drafts: how many drafts of each task were served.
     """
-    rates = (metrics.get("predicted_acceptance") or {}).get("per_position") or []
-    if len(rates) < tokens:
+    sealed = metrics.get("predicted_acceptance") or {}
+    rates = (sealed.get("by_tokens") or {}).get(str(tokens))
+    if not rates:
         return None
-    return Agreement(1.0 + sum(float(rate) for rate in rates[:tokens]), served)
+    predicted = 1.0 + sum(map(float, rates))
+    by_task = {task: found.get(str(tokens)) for task, found in (sealed.get("by_task") or {}).items()}
+    if drafts and all(by_task.get(task) for task in drafts):
+        mixed = sum(count * sum(map(float, by_task[task])) for task, count in drafts.items())
+        predicted = 1.0 + mixed / sum(drafts.values())
+    return Agreement(predicted, served)

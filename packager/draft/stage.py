@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from packager.recipe import DraftSpec
 
 if TYPE_CHECKING:
     from packager.draft.loss import Accepted, Target
+    from packager.draft.states import Sample
     from packager.draft.train import Progress, Trainer
 
 STAGE = "draft"
@@ -37,10 +38,17 @@ class TrainedDraft:
 
     trainer: Trainer
     vocabulary: VocabularyMap
-    predicted: Accepted
-    """Acceptance along the responses to held-out prompts, predicted without serving."""
+    predictions: dict[int, Accepted]
+    """Acceptance along the responses to held-out prompts, predicted without serving, by draft tokens."""
     metrics: dict[str, Any]
     """What the manifest says about it; no times."""
+    target: str
+    """Digest of the target whose states it learned from."""
+
+    @property
+    def predicted(self) -> Accepted:
+        """The prediction for as many draft tokens as the recipe names."""
+        return self.predictions[self.trainer.spec.num_speculative_tokens]
 
 
 def response_vocabulary(data: DraftData, spec: DraftSpec, target_size: int) -> VocabularyMap:
@@ -115,6 +123,15 @@ def _reproducible_torch() -> Iterator[None]:
         filling.fill_uninitialized_memory = filled
 
 
+def _rates(predictions: Mapping[int, Accepted]) -> dict[str, list[float]]:
+    """Rates by position, by draft tokens a step."""
+    return {
+        str(tokens): [round(rate, 4) for rate in one.per_position]
+        for tokens, one in predictions.items()
+        if one.drafts
+    }
+
+
 def _silent(_: str) -> None:
     """Progress of a process that does not speak."""
 
@@ -187,13 +204,19 @@ def train(
             sides[held_out(record["id"])].append(record)
         training, held = samples(sides[False], data.states), samples(sides[True], data.states)
         progress(f"draft: training on {len(training)} responses, {len(held)} held out")
-        if spec.states == "online":
-            with online_states(
-                target, spec, data, training, held, ranks, progress, engine=engine, devices=devices
-            ) as spool:
-                predicted = trainer.run(training, spool.held, progress, on_step, spool)
-        else:
-            predicted = trainer.run(training, held, progress, on_step)
+        with (
+            online_states(target, spec, data, training, held, ranks, progress, engine=engine, devices=devices)
+            if spec.states == "online"
+            else nullcontext()
+        ) as spool:
+            kept = spool.held if spool else held
+            predictions = trainer.run(training, kept, progress, on_step, spool)
+        task_of = {record["states"]: str(record["task"]) for record in sides[True]}
+        tasks: dict[str, list[Sample]] = {}
+        for sample, there in zip(held, kept, strict=True):
+            tasks.setdefault(task_of[sample.path.name], []).append(there)
+        by_task = {task: trainer.predict(found) for task, found in sorted(tasks.items())}
+    predicted = predictions[spec.num_speculative_tokens]
     if predicted.drafts:
         rates = " ".join(f"{rate:.3f}" for rate in predicted.per_position)
         progress(f"draft: predicted acceptance length {predicted.length:.2f} on held-out prompts ({rates})")
@@ -209,13 +232,15 @@ def train(
             "length": round(predicted.length, 4) if predicted.drafts else None,
             "per_position": [round(rate, 4) for rate in predicted.per_position],
             "drafts": predicted.drafts,
+            "by_tokens": _rates(predictions),
+            "by_task": {task: _rates(one) for task, one in by_task.items()},
             "kind": f"along the {'sampled' if spec.temperature else 'greedy'} responses to held-out prompts, "
             "not served",
         },
     }
     if trainer.best:
         metrics |= {"best_step": trainer.best.step, "last_step": trainer.done}
-    return TrainedDraft(trainer, vocabulary, predicted, metrics)
+    return TrainedDraft(trainer, vocabulary, predictions, metrics, data.target)
 
 
 def export(
@@ -241,7 +266,7 @@ def export(
         else:
             tokens = trained.trainer.spec.num_speculative_tokens
             write_speculators(writer, head, trained.vocabulary, config, verifier=verifier, tokens=tokens)
-        writer.write_json("training.json", trained.trainer.settings())
+        writer.write_json("training.json", {**trained.trainer.settings(), "target": trained.target})
         rows = read_log(trained.trainer.log)
         writer.write_bytes(LOG_NAME, "".join(json.dumps(row) + "\n" for row in rows).encode())
         writer.write_bytes(PLOT_NAME, training_svg(rows))

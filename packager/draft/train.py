@@ -183,8 +183,8 @@ class Trainer:
         progress: Callable[[str], None],
         on_step: Callable[[Progress], None] | None = None,
         spool: Spool | None = None,
-    ) -> Accepted:
-        """Train to `spec.steps` or an early stop; predicted acceptance on `held` at the end.
+    ) -> dict[int, Accepted]:
+        """Train to `spec.steps` or an early stop; at the end what `predict` says of `held`.
 
         With `spec.evaluate_every` the head holds the best weights afterwards, else the last.
 
@@ -225,7 +225,7 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in self.head.named_parameters():
                     parameter.copy_(self._best_weights[name])
-        return self.evaluate(held)
+        return self.predict(held)
 
     def _train(
         self,
@@ -298,7 +298,8 @@ class Trainer:
         )
 
     def _measure(self, held: Sequence[Sample]) -> Accepted:
-        counts, drafts = self._counts(held, self.spec.num_speculative_tokens)
+        tokens = self.spec.num_speculative_tokens
+        counts, drafts = self._counts(held, [tokens])[tokens]
         now = Best(self.done, tuple(counts), drafts)
         if self.best is None or now.accepted.length > self.best.accepted.length:
             self.best = now
@@ -362,23 +363,31 @@ class Trainer:
         total, drafts, *counts = self.ranks.sum(sums.to(self.device)).tolist()
         return Step(total, tuple(round(count) for count in counts), round(drafts))
 
-    @torch.no_grad()
-    def evaluate(self, held: Sequence[Sample], positions: int | None = None) -> Accepted:
-        """Acceptance of the present weights on `held`, predicted without serving."""
-        return accepted_of(*self._counts(held, positions or self.spec.num_speculative_tokens))
+    def predict(self, held: Sequence[Sample]) -> dict[int, Accepted]:
+        """Acceptance of the present weights on `held`, predicted without serving, by draft tokens a step.
+
+        For every K up to the steps of training-time test, or the recipe's own K if that is more. The first
+        rates of a longer draft are not those of a shorter one: it starts from other tokens.
+        """
+        longest = max(self.spec.num_speculative_tokens, self.spec.ttt_steps)
+        found = self._counts(held, range(1, longest + 1))
+        return {tokens: accepted_of(counts, drafts) for tokens, (counts, drafts) in found.items()}
 
     @torch.no_grad()
-    def _counts(self, held: Sequence[Sample], steps: int) -> tuple[list[int], int]:
-        sums = torch.zeros(steps + 1, dtype=torch.long)
+    def _counts(self, held: Sequence[Sample], lengths: Sequence[int]) -> dict[int, tuple[list[int], int]]:
+        """Drafts accepted up to each position, and drafts, of drafts of each of these lengths."""
+        steps = max(lengths)
+        sums = torch.zeros(len(lengths), steps + 1, dtype=torch.long)
         for group in once(held, self.spec.batch_tokens):
             read = self._read(group, steps)
             batch = read.to(self.device)
             _, right = draft_loss(self._forward(batch, steps), batch, self.target, self.to_draft, kind="hard")
-            counts, drafts = count_accepted(read, right)
-            sums += torch.tensor([drafts, *counts])
+            for row, length in zip(sums, lengths, strict=True):
+                counts, drafts = count_accepted(read, right[:length])
+                row[: length + 1] += torch.tensor([drafts, *counts])
         self.ranks.reshard(self.head)
-        drafts, *counts = self.ranks.sum(sums.to(self.device)).tolist()
-        return counts, drafts
+        found = self.ranks.sum(sums.to(self.device)).tolist()
+        return {length: (row[1 : length + 1], row[0]) for row, length in zip(found, lengths, strict=True)}
 
     def _save(self) -> None:
         """Write the checkpoint; the parameters are gathered by all processes and written by the first."""

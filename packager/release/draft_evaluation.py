@@ -252,7 +252,8 @@ def evaluate_draft(plan: Plan, metrics: Mapping[str, Any], say: Say) -> DraftEva
     found = {}
     for run in runs:
         served = run.cells[plan.concurrency[0]].acceptance
-        if served and (one := agreement(metrics, run.tokens, served.length)):
+        tasks = {task: one.drafts for task, one in run.groups.by_task.items()} if run.groups else {}
+        if served and (one := agreement(metrics, run.tokens, served.length, tasks)):
             found[run.tokens] = one
     return DraftEvaluation(plan, without, runs, noise, found)
 

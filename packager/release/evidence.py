@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packager.artifact import ArtifactWriter, Manifest
+from packager.artifact import ArtifactWriter, Manifest, read_manifest
 from packager.bailing.config import BailingConfig
 from packager.errors import BadInput
 from packager.recipe import GatesSpec, Recipe
@@ -302,6 +302,8 @@ def collect_evidence(
     say: Say,
 ) -> Manifest:
     """Measure, judge, and seal the report in `evidence/`, whether the gates are passed or not."""
+    from packager.release.draft_measured import measure_draft
+    from packager.release.draft_panels import draft_panels, records_for
     from validation.report import (
         ReportInputs,
         StageFigures,
@@ -311,7 +313,16 @@ def collect_evidence(
         write_report,
     )
 
+    files = [Path(file).expanduser() for file in recipe.validate_.draft_evaluations]
+    given = records_for(files, target=read_manifest(workspace.context).digest)
+    draft = read_manifest(workspace.draft).digest
+    if not recipe.validate_.draft_tokens:
+        draft_panels(given, draft=draft)  # what does not fit is refused before hours of measuring
     found = measure(recipe, workspace, variants, say)
+    trained = BailingConfig.load(variants.source).max_position_embeddings
+    asked = questions(recipe, variants.source, trained)
+    own = measure_draft(recipe, workspace, variants, asked, trained, say)
+    evaluated, panels = draft_panels([*([own] if own else []), *given], draft=draft)
     alarms = acceptance_alarms(
         next((stage.metrics for stage in before if stage.name == "draft"), {}),
         found.with_draft,
@@ -323,7 +334,10 @@ def collect_evidence(
     report = build_report(
         ReportInputs(
             title=recipe.name,
-            subjects=tuple(Subject(name=label, digest=digest) for digest, label in runs.items()),
+            subjects=(
+                *(Subject(name=label, digest=digest) for digest, label in runs.items()),
+                *evaluated,
+            ),
             weights_served=variants.weights_served,
             weights_note=variants.why_dequantized,
             environment=collect_environment(),
@@ -335,6 +349,7 @@ def collect_evidence(
             throughput=tuple(run for run in (found.without_draft, found.with_draft, found.dense) if run),
             throughput_baseline=found.dense.label if found.dense else None,
             gates=judge(recipe.gates, found),
+            panels=panels,
             stages=tuple(
                 StageFigures(
                     stage=stage.name,
@@ -359,9 +374,9 @@ def collect_evidence(
         return writer.seal(
             summary(report, found)
             | {
-                "speculation": speculation(
-                    found.without_draft, found.with_draft, recipe.draft.num_speculative_tokens
-                )
+                "speculation": own.serve["speculation"]
+                if own
+                else speculation(found.without_draft, found.with_draft, recipe.draft.num_speculative_tokens)
             }
         )
 

@@ -48,7 +48,7 @@ def _validate(metrics: Metrics) -> dict[str, str | int | float]:
     difference, low, high = metrics["fp8_difference_points"]
     figures: dict[str, str | int | float] = {
         "gates": metrics["outcome"],
-        f"{metrics.get('weights', 'FP8')} - BF16": f"{difference:+.1f} points ({low:+.1f} to {high:+.1f})",
+        f"{metrics['weights']} - BF16": f"{difference:+.1f} points ({low:+.1f} to {high:+.1f})",
     }
     if metrics["identical"]:
         figures["identical with draft"] = "{} of {}".format(*metrics["identical"])

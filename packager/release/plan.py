@@ -22,8 +22,9 @@ from packager.draft.states_file import bytes_per_token
 from packager.errors import BadInput
 from packager.recipe import Recipe, SchemeName
 from packager.release.workspace import packaged_checkpoint
-from packager.serving.hardware import GB, Hardware, parse_hardware
-from packager.serving.plan import Precision, fit, model_bytes, smallest
+from packager.serving.plan import fit, model_bytes, smallest
+from validation.hardware import GB, Hardware, parse_hardware
+from validation.models import Precision
 
 TORCH_BYTES = 0.4 * GB
 """Resident size of a process that has imported torch."""

@@ -168,6 +168,8 @@ class _Release:
         )
         measured = {"source": fp8.inputs["source"], "fp8": fp8.digest, "context": context.digest}
         measured |= {"draft": draft.digest, **_file_input("items", recipe.validate_.items_file)}
+        for at, file in enumerate(recipe.validate_.draft_evaluations):
+            measured |= _file_input(f"draft-evaluation-{at}", file)
         evidence = run(
             Stage(
                 "validate",

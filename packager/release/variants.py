@@ -83,7 +83,7 @@ class Variants:
     def tensor_parallel(self) -> int:
         """Cards that a model is split over: those of the recipe's hardware, one process on a CPU."""
         from packager.serving.cpu import device
-        from packager.serving.hardware import parse_hardware
+        from validation.hardware import parse_hardware
 
         if device() == "cpu" or self.recipe.hardware == "cpu":
             return 1

@@ -117,6 +117,31 @@ def vllm_command(
     return [*command, *spec.extra_args]
 
 
+def sglang_command(spec: ServeSpec, *, host: str = "127.0.0.1", port: int = 8000) -> list[str]:
+    """The SGLang command line that serves `spec` on GPUs (options of 0.5.23).
+
+    SGLang has no draft lengths by batch and no length from which it stops drafting: `num_speculative_tokens`
+    steps of one candidate each, always. Raises BadInput: settings that only vLLM has.
+    """
+    if spec.extra_args or spec.synthetic_acceptance_length is not None:
+        raise BadInput("arguments for vLLM cannot be handed to SGLang", "Leave out the extra arguments.")
+    command = ["python", "-m", "sglang.launch_server", "--model-path", str(spec.model)]
+    command += ["--served-model-name", spec.served_name, "--host", host, "--port", str(port)]
+    if spec.max_model_len is not None:
+        command += ["--context-length", str(spec.max_model_len)]
+    if spec.tensor_parallel > 1:
+        command += ["--tp-size", str(spec.tensor_parallel)]
+    if spec.hf_overrides:
+        command += ["--json-model-override-args", json.dumps(spec.hf_overrides, sort_keys=True)]
+    if spec.draft is not None and spec.num_speculative_tokens:
+        tokens = spec.num_speculative_tokens
+        command += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(spec.draft)]
+        command += ["--speculative-num-steps", str(tokens), "--speculative-eagle-topk", "1"]
+        # The tokens verified: the drafts and the one before them.
+        command += ["--speculative-num-draft-tokens", str(tokens + 1)]
+    return command
+
+
 def server_environment(spec: ServeSpec, target: Device | None = None) -> dict[str, str]:
     """The whole environment of the server process: ours, vLLM's for this machine, and `spec.env` above all.
 

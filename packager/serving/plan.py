@@ -1,9 +1,7 @@
 """Will it fit, and how fast could it be at best: bytes from config.json or shard headers, a roofline bound.
 
-No torch, no weights, no network. The bound is what memory bandwidth and arithmetic allow, never a forecast:
-real engines reach a part of it. Method: each decode step reads every weight it needs once, and the whole KV
-cache of every sequence; of E experts a step of T tokens touches D(T) = E (1 - (1 - k/E)^T) on average, if
-routing is uniform.
+No torch, no weights, no network. The bound (`validation.roofline`) is what memory, arithmetic and links
+allow, never a forecast: real engines reach a part of it.
 """
 
 from __future__ import annotations
@@ -15,15 +13,16 @@ from pathlib import Path
 from typing import Literal
 
 from packager.bailing.config import BailingConfig
-from packager.bailing.layout import QUANTIZABLE, Role, count_parameters, model_of
+from packager.bailing.layout import model_of
 from packager.checkpoint.folder import Folder, LocalFolder
 from packager.checkpoint.source import read_json_object
 from packager.errors import BadInput, UsageProblem
-from packager.serving.hardware import GB, Hardware, hardware_file
+from packager.layouts import QUANTIZABLE, Described, Model, Role, count_parameters
+from validation.hardware import GB, Hardware, hardware_file
+from validation.models import ModelShape, Precision
+from validation.roofline import Draft, Rate, Setting, Step, decode_rate, prefill_step
 
-Precision = Literal["fp8", "fp8-channel", "int4", "int8", "bf16"]
-"""Of quantized weights and their products. fp8: a scale for each 128x128 weights; fp8-channel and int8: one a
-row; int4: one for each 128 columns of a row, multiplied in BF16."""
+Config = BailingConfig | Described
 BLOCK = 128
 COUNTS = (1, 2, 4, 8)
 """Numbers of cards that are tried, as machines have them."""
@@ -35,15 +34,12 @@ SHORT_CONTEXT = 2048
 class ModelBytes:
     """What a model weighs, in bytes of the precision it is served in."""
 
-    config: BailingConfig
+    layout: Model
+    shape: ModelShape
     precision: Precision
     weights: int
     """All weights, scales included."""
     weights_source: Literal["shard headers", "computed from config.json"]
-    embedding: int
-    """Of these, the input embedding: a step reads one row a token."""
-    expert: float
-    """One routed expert, scales included."""
     draft: int
     """The EAGLE3 head; 0: none."""
     draft_source: str
@@ -53,37 +49,58 @@ class ModelBytes:
     @property
     def kv_layer(self) -> int:
         """KV cache of one token in one layer, BF16."""
-        return 2 * self.config.num_key_value_heads * self.config.head_dim * 2
-
-    @property
-    def kv_target(self) -> int:
-        """KV cache of one token in all layers of the target."""
-        return self.config.num_hidden_layers * self.kv_layer
+        return 2 * self.shape.kv_values
 
     @property
     def kv_per_token(self) -> int:
         """KV cache of one token, the draft's single layer included."""
-        return self.kv_target + (self.kv_layer if self.draft else 0)
+        return (self.shape.layers + bool(self.draft)) * self.kv_layer
 
-    @property
-    def fixed(self) -> float:
-        """Weights that every step reads whatever the routing."""
-        experts = self.config.moe_layers * self.config.num_experts * self.expert
-        return self.weights - self.embedding - experts
 
-    def touched_experts(self, tokens: int) -> float:
-        """Distinct experts of one layer that a step of `tokens` tokens reads on average, D(T)."""
-        total, chosen = self.config.num_experts, self.config.num_experts_per_tok
-        return total * (1 - (1 - chosen / total) ** tokens)
+def layout_of(config: Config) -> Model:
+    """The declared architecture of a config, with its sizes."""
+    return config.model if isinstance(config, Described) else model_of(config)
 
-    def step_bytes(self, sequences: int, context: int, tokens_each: int = 1) -> float:
-        """Bytes that one target step reads: `sequences` of `context` tokens, `tokens_each` new ones each."""
-        experts = self.config.moe_layers * self.touched_experts(sequences * tokens_each) * self.expert
-        return self.fixed + experts + sequences * context * self.kv_target
+
+def shape_of(layout: Model, name: str = "model") -> ModelShape:
+    """The counts that a bound on speed is computed from, by role over all layers."""
+    counts: dict[Role, int] = {}
+    moe_layers = set()
+    for want, times in layout.kinds():
+        if want.optional:
+            continue
+        counts[want.role] = counts.get(want.role, 0) + times * want.count
+        if want.role is Role.ROUTED_EXPERT:
+            moe_layers.add(want.name.split(".experts.")[0])
+    routed = counts.pop(Role.ROUTED_EXPERT, 0)
+    embedding, head = counts.pop(Role.EMBEDDING), counts.pop(Role.LM_HEAD, 0)
+    matrices = sum(count for role, count in counts.items() if role in QUANTIZABLE)
+    heads, known = int(layout.value("num_attention_heads")), layout.fields
+    if "kv_lora_rank" in known:  # MLA: the latent and the shared rotary key; scores and sums differ in width
+        kv_values = int(layout.value("kv_lora_rank + qk_rope_head_dim"))
+        attention = heads * int(layout.value("head_dim + v_head_dim")) // 2
+    else:
+        kv_values = 2 * int(layout.value("kv_heads * head_dim"))
+        attention = heads * int(layout.value("head_dim"))
+    return ModelShape(
+        name=name,
+        layers=layout.layers,
+        attention_width=attention,
+        kv_values=kv_values,
+        hidden=int(layout.value("hidden_size")),
+        embedding=embedding if head else 0,
+        head=head or embedding,
+        matrices=matrices,
+        other=sum(counts.values()) - matrices,
+        moe_layers=len(moe_layers),
+        experts=layout.experts if moe_layers else 0,
+        experts_per_token=layout.shape["experts_per_token"] if moe_layers else 0,
+        expert=routed // (len(moe_layers) * layout.experts) if moe_layers else 0,
+    )
 
 
 def model_bytes(
-    config: BailingConfig,
+    config: Config,
     precision: Precision,
     *,
     directory: Path | Folder | None = None,
@@ -95,32 +112,28 @@ def model_bytes(
     `draft` is an exported head; with `draft_vocab` instead, one of the usual shape is computed (a Llama layer
     as wide as the target's, an output head of that many tokens, embeddings shared). Neither: no draft.
     """
-    sizes = {"all": 0, "embedding": 0, "experts": 0}
-    for tensor, times in model_of(config).kinds():
+    layout, size = layout_of(config), 0
+    for tensor, times in layout.kinds():
+        if tensor.optional:
+            continue
         each = tensor.count * (4 if tensor.role is Role.EXPERT_BIAS else 2)
         if tensor.role in QUANTIZABLE:
             each = _matrix_bytes(tensor.shape, precision)
-        size = times * each
-        sizes["all"] += size
-        if tensor.role is Role.EMBEDDING:
-            sizes["embedding"] += size
-        elif tensor.role is Role.ROUTED_EXPERT:
-            sizes["experts"] += size
+        size += times * each
     held = held_precision(config) == precision
     measured = _weight_bytes(directory) if directory is not None and held else None
     head, head_source = 0, "none"
     if draft is not None:
         head, head_source = _weight_bytes(draft) or 0, "shard headers"
     elif draft_vocab is not None:
-        head, head_source = _draft_bytes(config, draft_vocab), f"computed, {draft_vocab} draft tokens"
-    parameters = count_parameters(config)
+        head, head_source = _draft_bytes(layout, draft_vocab), f"computed, {draft_vocab} draft tokens"
+    parameters = count_parameters(layout)
     return ModelBytes(
-        config=config,
+        layout=layout,
+        shape=shape_of(layout),
         precision=precision,
-        weights=measured or sizes["all"],
+        weights=measured or size,
         weights_source="shard headers" if measured else "computed from config.json",
-        embedding=sizes["embedding"],
-        expert=sizes["experts"] / max(1, config.moe_layers * config.num_experts),
         draft=head,
         draft_source=head_source,
         parameters=parameters.total,
@@ -139,7 +152,7 @@ def _matrix_bytes(shape: tuple[int, ...], precision: Precision) -> int:
     return rows * columns + 4 * scales
 
 
-def held_precision(config: BailingConfig) -> Precision:
+def held_precision(config: Config) -> Precision:
     """What a checkpoint with this config holds; of a quantization that is not known here, `fp8`."""
     stated = config.quantization_config
     if not stated:
@@ -164,34 +177,46 @@ def _weight_bytes(where: Path | Folder) -> int | None:
     return total or None
 
 
-def _draft_bytes(config: BailingConfig, vocab: int) -> int:
+def _draft_bytes(layout: Model, vocab: int) -> int:
     """An EAGLE3 head over three auxiliary states (`LlamaForCausalLMEagle3`): BF16, int64 vocabulary map."""
-    hidden, head = config.hidden_size, config.head_dim
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    hidden, queries, keys, width, tokens = (
+        int(layout.value(text))
+        for text in (
+            "hidden_size",
+            "num_attention_heads * head_dim",
+            "kv_heads * head_dim",
+            "intermediate_size",
+            "vocab_size",
+        )
+    )
     weights = (
         3 * hidden * hidden
         + 2 * hidden * (queries + 2 * keys)
         + queries * hidden
-        + 3 * hidden * config.intermediate_size
+        + 3 * hidden * width
         + vocab * hidden
         + 4 * hidden
     )
-    return 2 * weights + 8 * vocab + config.vocab_size
+    return 2 * weights + 8 * vocab + tokens
 
 
-def split_problem(config: BailingConfig, ways: int, precision: Precision) -> str | None:
+def split_problem(config: Config | Model, ways: int, precision: Precision) -> str | None:
     """Why the model cannot be split `ways` ways by tensor parallelism in vLLM; None: it can."""
-    if config.num_attention_heads % ways:
-        return f"{config.num_attention_heads} attention heads do not divide by {ways}"
-    keys = config.num_key_value_heads
+    layout = config if isinstance(config, Model) else layout_of(config)
+    heads, keys = layout.shape["heads"], layout.shape["kv_heads"]
+    if heads % ways:
+        return f"{heads} attention heads do not divide by {ways}"
     if keys % ways and ways % keys:
         return f"{keys} KV heads do not divide by {ways}"
-    for what, width in (
-        ("expert width", config.moe_intermediate_size),
-        ("shared-expert width", config.shared_width),
-        ("dense width", config.intermediate_size),
-    ):
-        unit = BLOCK if precision in ("fp8", "int4") else 1
+    widths: dict[str, int] = {}
+    for want, _ in layout.kinds():
+        what = _SPLIT.get(want.role)
+        # Up and gate are split by their rows, down by its columns: the width is the side that is not hidden.
+        if what and want.name.endswith(("up_proj.weight", "w3.weight")):
+            widths[what] = want.shape[0]
+    unit = BLOCK if precision in ("fp8", "int4") else 1
+    for what in _SPLIT.values():
+        width = widths.get(what, 0)
         if width % (ways * unit):
             kind = "groups" if precision == "int4" else "blocks"
             blocks = f" into {kind} of {BLOCK}" if unit > 1 else ""
@@ -199,20 +224,11 @@ def split_problem(config: BailingConfig, ways: int, precision: Precision) -> str
     return None
 
 
-@dataclass(frozen=True)
-class Bound:
-    """The fastest decoding that the hardware allows at one concurrency and context."""
-
-    concurrency: int
-    context: int
-    tokens_per_s: float
-    """Output tokens/s of all sequences together."""
-    limited_by: Literal["memory bandwidth", "arithmetic"]
-
-    @property
-    def each(self) -> float:
-        """Output tokens/s of one sequence."""
-        return self.tokens_per_s / self.concurrency
+_SPLIT = {
+    Role.ROUTED_EXPERT: "expert width",
+    Role.SHARED_EXPERT: "shared-expert width",
+    Role.DENSE_MLP: "dense width",
+}
 
 
 def decode_bound(
@@ -223,31 +239,22 @@ def decode_bound(
     *,
     acceptance_length: float | None = None,
     draft_tokens: int = 3,
-) -> Bound:
-    """Roofline of decoding.
+) -> Rate:
+    """Roofline of decoding, the model split over all cards.
 
     With `acceptance_length` (tokens a target step yields, an assumption here) the target verifies
     `draft_tokens` + 1 tokens a sequence and the draft runs `draft_tokens` times; without, one token a step.
     """
-    tokens = 1 if acceptance_length is None else draft_tokens + 1
-    gain = 1.0 if acceptance_length is None else acceptance_length
-    moved = model.step_bytes(concurrency, context, tokens)
-    work = 2.0 * (model.active_parameters - model.config.vocab_size * model.config.hidden_size)
-    work *= concurrency * tokens
+    draft = None
     if acceptance_length is not None:
-        moved += draft_tokens * (model.draft + concurrency * context * model.kv_layer)
-        work += draft_tokens * concurrency * model.draft  # 2 operations a parameter of 2 bytes
-    card = hardware.card
-    tflops = {"bf16": card.bf16_tflops, "int4": card.bf16_tflops, "int8": card.int8_tflops}
-    flops = tflops.get(model.precision, card.fp8_tflops) * 1e12
-    reading = moved / (hardware.count * card.bandwidth_tb_s * 1e12)
-    computing = work / (hardware.count * flops)
-    return Bound(
-        concurrency=concurrency,
-        context=context,
-        tokens_per_s=concurrency * gain / max(reading, computing),
-        limited_by="memory bandwidth" if reading >= computing else "arithmetic",
-    )
+        draft = Draft(
+            weight_bytes=model.draft,
+            kv_bytes=model.kv_layer,
+            tokens=draft_tokens,
+            acceptance_length=acceptance_length,
+        )
+    setting = Setting(precision=model.precision, tensor=hardware.count, draft=draft)
+    return decode_rate(model.shape, hardware, setting, concurrency=concurrency, context=context)
 
 
 @dataclass(frozen=True)
@@ -272,11 +279,12 @@ def fit(model: ModelBytes, hardware: Hardware, context: int) -> Fit:
     ways = hardware.count
     per_card = (model.weights + model.draft) / ways
     # A KV head is not split: with more cards than KV heads each card still holds one.
-    heads = max(1, model.config.num_key_value_heads // ways)
-    kv_per_card = model.kv_per_token * heads / model.config.num_key_value_heads
+    keys = model.layout.shape["kv_heads"]
+    heads = max(1, keys // ways)
+    kv_per_card = model.kv_per_token * heads / keys
     room = hardware.usable_per_card - per_card
     tokens = max(0, int(room / kv_per_card))
-    problem = split_problem(model.config, ways, model.precision)
+    problem = split_problem(model.layout, ways, model.precision)
     if problem is None and room <= 0:
         problem = (
             f"the weights take {per_card / GB:.0f} GB of each card, "
@@ -291,12 +299,33 @@ def smallest(model: ModelBytes, context: int, key: str | None = None) -> Fit | N
     """The least total memory (then the fewest cards) that the model fits, of one kind of card or of all."""
     cards = hardware_file().cards
     keys = [key] if key is not None else list(cards)
-    choices = [Hardware(name, count, cards[name]) for name in keys for count in COUNTS]
+    choices = [Hardware(key=name, count=count, card=cards[name]) for name in keys for count in COUNTS]
     for choice in sorted(choices, key=lambda hardware: (hardware.memory, hardware.count)):
         found = fit(model, choice, context)
         if found.problem is None:
             return found
     return None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A number of cards, and how the model lies on them."""
+
+    fit: Fit
+    expert_parallel: bool
+    """Whether its experts can be spread whole over the cards instead of each being split."""
+
+
+def splits(model: ModelBytes, hardware: Hardware, context: int) -> tuple[Split, ...]:
+    """One card to eight of a kind: what fits, and whether experts can be kept whole."""
+    experts = model.layout.experts
+    return tuple(
+        Split(
+            fit(model, hardware.with_count(count), context),
+            bool(experts) and experts % count == 0 < count - 1,
+        )
+        for count in COUNTS
+    )
 
 
 @dataclass(frozen=True)
@@ -307,9 +336,13 @@ class Plan:
     fit: Fit
     context: int
     concurrency: int
-    bounds: tuple[Bound, ...]
-    draft_bounds: tuple[Bound, ...]
+    bounds: tuple[Rate, ...]
+    draft_bounds: tuple[Rate, ...]
     """The same with a draft at the assumed acceptance length; empty: none assumed."""
+    splits: tuple[Split, ...]
+    """Ways to use one card to eight of the kind."""
+    prefill: Step | None
+    """Reading one prompt that fills the context; None: it does not fit."""
     alternative: Fit | None
     """The smallest hardware that fits, if this does not."""
     same_card: Fit | None
@@ -324,6 +357,14 @@ class Plan:
     def context_at_concurrency(self) -> int:
         """Tokens each of `concurrency` requests can have at once."""
         return min(self.context, self.fit.kv_tokens // self.concurrency)
+
+
+def over_concurrency(plan: Plan, most: int = 512) -> tuple[Rate, ...]:
+    """The bound at 1, 2, 4, ... requests of the short context, as far as their cache fits."""
+    context = min(SHORT_CONTEXT, plan.context)
+    room = plan.fit.kv_tokens // max(1, context)
+    counts = [1 << power for power in range(most.bit_length()) if 1 << power <= min(most, room)]
+    return tuple(decode_bound(plan.model, plan.fit.hardware, count, context) for count in counts)
 
 
 def make_plan(
@@ -346,8 +387,8 @@ def make_plan(
             raise UsageProblem("no hardware that the plan knows is large enough", "Give --hardware.")
     else:
         found = fit(model, hardware, context)
-    bounds: tuple[Bound, ...] = ()
-    drafted: tuple[Bound, ...] = ()
+    bounds: tuple[Rate, ...] = ()
+    drafted: tuple[Rate, ...] = ()
     if found.problem is None:
         short = min(SHORT_CONTEXT, context)
         together = min(context, max(1, found.kv_tokens // concurrency))
@@ -368,6 +409,7 @@ def make_plan(
                 for n, length in points
             )
     failed = found.problem is not None
+    setting = Setting(precision=model.precision, tensor=found.hardware.count)
     return Plan(
         model=model,
         fit=found,
@@ -375,12 +417,16 @@ def make_plan(
         concurrency=concurrency,
         bounds=bounds,
         draft_bounds=drafted,
+        splits=splits(model, found.hardware, context),
+        prefill=None
+        if failed
+        else prefill_step(model.shape, found.hardware.card, setting, prompts=1, length=context),
         alternative=smallest(model, context) if failed else None,
         same_card=smallest(model, context, found.hardware.key) if failed else None,
     )
 
 
-def shape_config(name: str) -> BailingConfig:
+def shape_config(name: str) -> Described:
     """A published architecture by name. Raises UsageProblem: unknown (the known ones are listed)."""
     folder = resources.files("recipes")
     names = [entry.name for entry in folder.iterdir()]
@@ -388,4 +434,4 @@ def shape_config(name: str) -> BailingConfig:
     if name not in known:
         raise UsageProblem(f"no shape named {name!r}", f"Known: {', '.join(known) or 'none'}.")
     with resources.as_file(folder.joinpath(f"{name}.json")) as path:
-        return BailingConfig.parse(read_json_object(path), name)
+        return Described.parse(read_json_object(path), name)

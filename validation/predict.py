@@ -1,0 +1,174 @@
+"""Speed on hardware one does not have: the bound, with the efficiency that measured cells show.
+
+A step takes its memory time over an efficiency, plus its arithmetic time over another, plus its time on the
+links, plus what is the same for every step and every sequence (launches, scheduling, sampling): times of
+parts that overlap badly add up, which is what engines show between the corners of the roofline. The
+coefficients are fitted, none negative, to the relative error of measured steps. What they say of a cell that
+was left out of the fit is the error one must expect; its spread is the interval of every prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from validation.document import Document
+from validation.errors import MeasurementError
+from validation.hardware import Card
+from validation.models import ModelShape
+from validation.roofline import Setting, Step, decode_step
+
+FEATURES = ("memory", "arithmetic", "links", "step", "sequence")
+"""Coefficients in their order: three reciprocals of efficiencies, then seconds a step and a sequence."""
+
+
+class Cell(Document):
+    """One measured step: so many sequences decoded together at one context."""
+
+    label: str
+    model: ModelShape
+    card: Card
+    setting: Setting
+    concurrency: int = Field(gt=0)
+    context: float = Field(ge=0)
+    """Cached tokens of a sequence, on average over the measurement."""
+    seconds: float = Field(gt=0)
+    """Of a step: TPOT where a step yields a token, with a draft TPOT x acceptance length."""
+
+    @property
+    def bound(self) -> Step:
+        """The roofline of this step."""
+        return decode_step(
+            self.model, self.card, self.setting, sequences=self.concurrency, context=self.context
+        )
+
+
+class Calibration(Document):
+    """What was fitted, and how well it says what it has not seen."""
+
+    coefficients: tuple[float, ...]
+    """In the order of `FEATURES`."""
+    cells: int
+    held_out: tuple[HeldOut, ...]
+    """Each cell, said by the others."""
+
+    @property
+    def median_error(self) -> float:
+        """Median of the relative errors on held-out cells."""
+        errors = sorted(abs(one.error) for one in self.held_out)
+        middle = len(errors) // 2
+        return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
+
+    def efficiency(self, feature: str) -> float | None:
+        """Share of the hardware's rate that was reached; None: the cells do not show it."""
+        value = self.coefficients[FEATURES.index(feature)]
+        return 1 / value if value > 0 else None
+
+
+class HeldOut(Document):
+    """A cell and what the fit without it says."""
+
+    label: str
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def error(self) -> float:
+        """Relative, of the measured time."""
+        return self.predicted_s / self.measured_s - 1
+
+
+class Prediction(Document):
+    """A step that was not measured."""
+
+    seconds: float
+    low_s: float
+    high_s: float
+    """Between them lies what held-out cells of the fit were off by, in nine cases of ten."""
+    bound: Step
+    tokens_per_s: float
+    """Of all sequences together."""
+
+    @property
+    def share_of_bound(self) -> float:
+        """Of the speed that the hardware allows."""
+        return self.bound.seconds / self.seconds
+
+
+def calibrate(cells: Sequence[Cell]) -> Calibration:
+    """Fit the coefficients, once with all cells and once without each.
+
+    Raises:
+        MeasurementError: fewer than four cells, too few to hold one out.
+    """
+    if len(cells) < 4:
+        raise MeasurementError(
+            f"{len(cells)} measured cells are too few to calibrate with",
+            "Measure at least four: two concurrencies at two contexts.",
+        )
+    held = []
+    for index, cell in enumerate(cells):
+        others = [*cells[:index], *cells[index + 1 :]]
+        held.append(
+            HeldOut(
+                label=cell.label,
+                measured_s=cell.seconds,
+                predicted_s=_apply(_fit(others), _features(cell.bound, cell.concurrency)),
+            )
+        )
+    return Calibration(coefficients=_fit(cells), cells=len(cells), held_out=tuple(held))
+
+
+def predict(
+    calibration: Calibration,
+    model: ModelShape,
+    card: Card,
+    setting: Setting,
+    *,
+    concurrency: int,
+    context: float,
+) -> Prediction:
+    """A step on any card, as efficient as the measured ones were on theirs.
+
+    Host time a step and a sequence is taken over as it was; where the other machine's host is faster or
+    slower, so is that part.
+    """
+    bound = decode_step(model, card, setting, sequences=concurrency, context=context)
+    seconds = max(bound.seconds, _apply(calibration.coefficients, _features(bound, concurrency)))
+    spread = sorted(abs(math.log1p(one.error)) for one in calibration.held_out)
+    off = math.exp(spread[min(len(spread) - 1, math.ceil(0.9 * (len(spread) + 1)) - 1)])
+    gain = setting.draft.acceptance_length if setting.draft else 1.0
+    return Prediction(
+        seconds=seconds,
+        low_s=max(bound.seconds, seconds / off),
+        high_s=seconds * off,
+        bound=bound,
+        tokens_per_s=gain * concurrency / seconds,
+    )
+
+
+def _features(bound: Step, concurrency: int) -> tuple[float, ...]:
+    return bound.memory_s, bound.compute_s, bound.link_s, 1.0, float(concurrency)
+
+
+def _apply(coefficients: Sequence[float], features: Sequence[float]) -> float:
+    # Nothing takes no time: a fit on too narrow a range may say so of a cell far outside of it.
+    return max(1e-9, math.fsum(a * b for a, b in zip(coefficients, features, strict=True)))
+
+
+def _fit(cells: Sequence[Cell]) -> tuple[float, ...]:
+    import numpy as np
+    from scipy.optimize import nnls
+
+    rows = [[value / cell.seconds for value in _features(cell.bound, cell.concurrency)] for cell in cells]
+    matrix = np.asarray(rows)
+    # Columns differ by many orders of magnitude; without a common scale the solver's tolerance hides some.
+    scale = np.linalg.norm(matrix, axis=0)
+    scale[scale == 0] = 1.0
+    found, _ = nnls(matrix / scale, np.ones(len(cells)))
+    return tuple(float(value) for value in found / scale)
+
+
+Calibration.model_rebuild()
