@@ -172,6 +172,11 @@ StatesDtype = Literal["bfloat16", "float8"]
 nano (200 held-out questions) a draft trained on such states has an acceptance length of 3.22 at K = 3 and
 4.15 at K = 5, one trained on BF16 of 3.23 and 4.19."""
 
+StatesMode = Literal["offline", "online"]
+"""Where hidden states lie: all on disk before training, or in a spool that an engine fills ahead of the
+trainer. On-line needs disk for the held-out responses and the steps between two checkpoints, and computes the
+states again in every epoch."""
+
 
 class DraftSpec(Spec):
     """The EAGLE3 draft head and its training."""
@@ -196,7 +201,9 @@ class DraftSpec(Spec):
     gives the same responses; in another, engines round differently, and texts may part."""
     states_dtype: StatesDtype = "bfloat16"
     max_states_bytes: int | None = Field(default=None, gt=0)
-    """Disk that hidden states may take; capturing stops before it would be exceeded. None: what is free."""
+    """Disk that hidden states may take. Off-line capturing stops before it would be exceeded (None: what is
+    free); on-line it is the size of the spool, and must be given."""
+    states: StatesMode = "offline"
     steps: int = Field(gt=0)
     batch_tokens: int = Field(default=4096, gt=0)
     """Padded tokens a training step, prompts included."""
@@ -227,6 +234,12 @@ class DraftSpec(Spec):
     def _patience_needs_measurements(self) -> DraftSpec:
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience needs evaluate_every: nothing is measured while training")
+        return self
+
+    @model_validator(mode="after")
+    def _online_needs_a_budget(self) -> DraftSpec:
+        if self.states == "online" and self.max_states_bytes is None:
+            raise ValueError("states: online needs max_states_bytes, the size of the spool")
         return self
 
 

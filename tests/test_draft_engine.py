@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 from packager.artifact import check
 from packager.context.extend import extend
 from packager.draft.acceptance import DRAFTED, acceptance_from_metrics, ask
+from packager.draft.curve import LOG_NAME, read_log
 from packager.draft.prepare import DraftData, prepare
 from packager.draft.stage import build, export, train
 from packager.draft.validator import validate_draft
+from packager.errors import BadInput
 from packager.nano import CHECKPOINT, language
 from packager.recipe import ContextSpec, DraftSpec, SpeculationRange
 from packager.release.draft_evaluation import Plan, evaluate_draft
@@ -111,6 +114,45 @@ def test_last_state_predicts_the_response(data: DraftData, target: Path) -> None
         right += int((logits.argmax(-1) == torch.tensor(sample.ids[sample.prompt :])).sum())
         total += len(logits)
     assert right / total > 0.97
+
+
+def test_states_captured_on_line_train_as_those_captured_while_generating(
+    data: DraftData, target: Path, tmp_path: Path
+) -> None:
+    """To rounding, since prompts are computed otherwise than one token after the other; and bit by bit as the
+    same states read off-line. The spool stays within the least budget that it can have."""
+    spec = SPEC.model_copy(update={"steps": 8, "batch_tokens": 512, "checkpoint_every": 2})
+    works = {name: DraftData(tmp_path / name, data.target) for name in ("generated", "spooled", "read")}
+    for work in works.values():
+        work.states.mkdir(parents=True)
+        shutil.copy(data.responses, work.responses)
+    for path in data.states.iterdir():
+        (works["generated"].states / path.name).hardlink_to(path)
+    train(target, spec, works["generated"], lambda _: None)
+
+    spooled, read, held = works["spooled"], works["read"], list[int]()
+
+    def look(_: object) -> None:
+        files = list(spooled.spool.glob("*-*"))
+        held.append(sum(path.stat().st_size for path in files))
+        for path in files:
+            copy = read.states / path.name.split("-")[1]
+            if not copy.exists():
+                copy.hardlink_to(path)
+
+    with pytest.raises(BadInput, match="on-line training needs") as refused:
+        online = {"states": "online", "max_states_bytes": 1}
+        train(target, spec.model_copy(update=online), spooled, lambda _: None)
+    online["max_states_bytes"] = int(refused.value.message.split()[3])
+    train(target, spec.model_copy(update=online), spooled, lambda _: None, on_step=look)
+    assert max(held) <= online["max_states_bytes"] < 0.7 * data.states_bytes()
+    assert spooled.layer_proof["proved"], spooled.layer_proof
+    train(target, spec, read, lambda _: None)
+    assert read_log(spooled.workdir / LOG_NAME) == read_log(read.workdir / LOG_NAME)
+    rows = [read_log(works[name].workdir / LOG_NAME) for name in ("generated", "spooled")]
+    assert len(rows[1]) == 8
+    for generated, ours in zip(*rows, strict=True):
+        assert ours["loss"] == pytest.approx(generated["loss"], rel=0.02), f"step {ours['step']}"
 
 
 def test_sampled_responses_stop_at_the_budget_and_go_on_when_it_is_raised(

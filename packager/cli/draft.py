@@ -17,7 +17,7 @@ from packager.cli.draft_compare import compare_command
 from packager.cli.draft_evaluate import evaluate_command
 from packager.cli.output import progress, training_bar
 from packager.errors import BadInput, UsageProblem
-from packager.recipe import DraftLoss, DraftSpec, StatesDtype, load_recipe
+from packager.recipe import DraftLoss, DraftSpec, StatesDtype, StatesMode, load_recipe
 
 if TYPE_CHECKING:
     from packager.draft.prepare import DraftData
@@ -52,11 +52,12 @@ def _spec(settings: dict[str, Any]) -> DraftSpec:
 
 
 def _prepared(target: Path, workdir: Path) -> DraftData:
-    from packager.draft.prepare import DraftData, target_digest
+    from packager.draft.prepare import target_digest
+    from packager.draft.workdir import prepared
 
     if not (workdir / "complete").exists():
         raise BadInput(f"{workdir} holds no complete responses", "Run `packager draft prepare` to the end.")
-    return DraftData(workdir, target_digest(target))
+    return prepared(workdir, target_digest(target))
 
 
 def _prompts(source: Path | None, count: int) -> list[dict[str, Any]]:
@@ -96,7 +97,12 @@ def command() -> None:
 @click.option(
     "--max-states-bytes",
     type=click.IntRange(min=1),
-    help="Disk for hidden states; capturing stops before it is exceeded.",
+    help="Disk for hidden states; capturing stops before it is exceeded. On-line: size of the spool.",
+)
+@click.option(
+    "--states",
+    type=click.Choice(get_args(StatesMode)),
+    help="online: responses alone; `draft train` has their states captured as it goes.",
 )
 @options.as_json
 def prepare_command(
@@ -136,7 +142,7 @@ def prepare_command(
         raise UsageProblem(
             f"--{missing[0].replace('_', '-')} is missing", "Give it, or a recipe that has it with --recipe."
         )
-    spec = DraftSpec(**given)
+    spec = _spec(given)
     data = prepare(target, spec, _prompts(source, spec.prompts), workdir, progress)
     _save_spec(workdir, spec)
     records = data.records()
@@ -156,7 +162,11 @@ def prepare_command(
     lines = [
         f"{document['responses']} responses ({document['distinct_responses']} distinct), "
         f"{document['response_tokens']} tokens in {workdir}",
-        *describe(data.layer_proof),
+        *(
+            ["hidden states are captured while training, and their layers proved then"]
+            if spec.states == "online"
+            else describe(data.layer_proof)
+        ),
         f"{spec.vocab_size} draft tokens, chosen on the training side; a token that they do not cover is "
         "always rejected. They cover of the responses",
     ]
@@ -183,10 +193,26 @@ def prepare_command(
 )
 @click.option("--patience", type=click.IntRange(min=1), help="Stop after so many measurements without gain.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps that a kill can lose.")
+@click.option(
+    "--states",
+    type=click.Choice(get_args(StatesMode)),
+    help="online: TARGET is served beside the training and hidden states pass through a spool.",
+)
+@click.option("--max-states-bytes", type=click.IntRange(min=1), help="Size of that spool, on disk.")
+@click.option(
+    "--capture-devices",
+    metavar="N,N",
+    help="GPUs of the engine that captures on-line; the training uses others.",
+)
 @click.option("--seed", type=int)
 @options.as_json
-def train_command(target: Path, workdir: Path, as_json: bool, **settings: Any) -> None:
+def train_command(
+    target: Path, workdir: Path, capture_devices: str | None, as_json: bool, **settings: Any
+) -> None:
     """Train a head on what `prepare` left in WORKDIR. Interrupted, the same command goes on where it was.
+
+    With --states online nothing but responses need be there: TARGET is served by vLLM beside the training,
+    and the hidden states of each step are captured ahead of it, within --max-states-bytes.
 
     On several devices: torchrun --nproc-per-node N -m packager draft train TARGET WORKDIR. The loss and
     acceptance of every step go into WORKDIR/training.jsonl.
@@ -200,7 +226,7 @@ def train_command(target: Path, workdir: Path, as_json: bool, **settings: Any) -
     if leads():
         _save_spec(workdir, spec)
     with training_bar(spec.steps, live=leads()) as (say, on_step):
-        trained = train(target, spec, data, say, on_step=on_step)
+        trained = train(target, spec, data, say, on_step=on_step, devices=capture_devices)
     if leads():
         predicted = trained.metrics["predicted_acceptance"]
         _finish(

@@ -29,29 +29,72 @@ CHUNK = 256
 _FLUSH_TIMEOUT_S = 60.0
 
 
-class CaptureJob(BaseModel):
-    """What to generate. Paths are strings because the job crosses a process boundary as JSON."""
+class EngineJob(BaseModel):
+    """An engine that captures. Paths are strings because a job crosses a process boundary as JSON."""
 
     target: str
+    states: str | None
+    """Directory of states files; None: nothing is captured."""
+    layers: tuple[int, ...]
+    """Layer ids whose inputs are captured; the number of layers stands for the last layer's output."""
+    states_dtype: StatesDtype = "bfloat16"
+    engine: dict[str, Any] = {}
+    """Further arguments of `vllm.LLM`."""
+
+
+class CaptureJob(EngineJob):
+    """What to generate."""
+
     prompts: str
     """JSONL: `index`, `id`, `task`, `language`, `prompt_ids`."""
     responses: str
     """JSONL appended to."""
-    states: str
-    """Directory of states files."""
-    layers: tuple[int, ...]
-    """Layer ids whose inputs are captured; the number of layers stands for the last layer's output."""
     max_response_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     response_seed: int = 0
-    states_dtype: StatesDtype = "bfloat16"
     bytes_per_token: int
     """Of a states file."""
     max_states_bytes: int | None = None
     """What the states files may take together; None: no bound."""
-    engine: dict[str, Any] = {}
-    """Further arguments of `vllm.LLM`."""
+
+
+def open_engine(job: EngineJob, *, sampled: bool = False) -> Any:
+    """The `vllm.LLM` of a job. `sampled`: requests have a temperature."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # One process: no second copy of the weights, and the end of this process is the end of the engine.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+    from vllm.platforms import current_platform
+
+    options: dict[str, Any] = {"max_num_seqs": 128, "seed": 0, "disable_log_stats": True}
+    if current_platform.is_cpu():
+        options["enforce_eager"] = (
+            True  # compiling takes longer than the small models that run here need in all
+        )
+        if sampled:
+            # Behind a part of a prompt vLLM 0.32 rewinds the request's generator, which a CPU's cannot: the
+            # engine would die. Whole prompts need room for the longest.
+            room = max(4096, job.engine.get("max_model_len", 0))
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": room}
+            _mend_cpu_sampling()
+    if job.states is not None:
+        # A shared prefix block would be computed once and its states would be missing from the later
+        # requests.
+        options["enable_prefix_caching"] = False
+        options["speculative_config"] = {
+            "method": "extract_hidden_states",
+            "num_speculative_tokens": 1,
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(job.layers)}},
+        }
+        options["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="HiddenStatesConnector",
+            kv_connector_module_path="packager.draft.connector",
+            kv_role="kv_producer",
+            kv_connector_extra_config={"directory": job.states, "dtype": job.states_dtype},
+        )
+    return LLM(model=job.target, **options | job.engine)
 
 
 def run(job: CaptureJob) -> None:
@@ -60,46 +103,11 @@ def run(job: CaptureJob) -> None:
     Raises:
         TimeoutError: vLLM finished requests without writing their states.
     """
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # One process: no second copy of the weights, and the end of this process is the end of the engine.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM
-    from vllm.config import KVTransferConfig
-    from vllm.platforms import current_platform
-
     records = [json.loads(line) for line in Path(job.prompts).read_text(encoding="utf-8").splitlines()]
-    options: dict[str, Any] = {"max_num_seqs": 128, "seed": 0, "disable_log_stats": True}
-    if current_platform.is_cpu():
-        options["enforce_eager"] = (
-            True  # compiling takes longer than the small models that run here need in all
-        )
-        if job.temperature:
-            # Behind a part of a prompt vLLM 0.32 rewinds the request's generator, which a CPU's cannot: the
-            # engine would die. Whole prompts need room for the longest.
-            room = max(4096, job.engine.get("max_model_len", 0))
-            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": room}
-            _mend_cpu_sampling()
-    options |= job.engine
-    llm = LLM(
-        model=job.target,
-        # A shared prefix block would be computed once and its states would be missing from the later
-        # requests.
-        enable_prefix_caching=False,
-        speculative_config={
-            "method": "extract_hidden_states",
-            "num_speculative_tokens": 1,
-            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(job.layers)}},
-        },
-        kv_transfer_config=KVTransferConfig(
-            kv_connector="HiddenStatesConnector",
-            kv_connector_module_path="packager.draft.connector",
-            kv_role="kv_producer",
-            kv_connector_extra_config={"directory": job.states, "dtype": job.states_dtype},
-        ),
-        **options,
-    )
+    llm = open_engine(job, sampled=job.temperature > 0)
     limit = llm.llm_engine.model_config.max_model_len
-    used = sum(path.stat().st_size for path in Path(job.states).glob("*.safetensors"))
+    states = None if job.states is None else Path(job.states)
+    used = sum(path.stat().st_size for path in states.glob("*.safetensors")) if states else 0
     done, begin = 0, 0
     print(f"@ 0 {len(records)}", flush=True)
     with Path(job.responses).open("a", encoding="utf-8") as out:
@@ -113,9 +121,9 @@ def run(job: CaptureJob) -> None:
                 [_sampling(job, record, limit) for record in chunk],
                 use_tqdm=False,
             )
-            files = [Path(job.states) / _file(record) for record in chunk]
-            _flush(llm, files)
-            for record, file, output in zip(chunk, files, outputs, strict=True):
+            files = [states / _file(record) for record in chunk] if states else []
+            flush(llm, files)
+            for record, output in zip(chunk, outputs, strict=True):
                 row = {
                     "index": record["index"],
                     "id": record["id"],
@@ -124,7 +132,7 @@ def run(job: CaptureJob) -> None:
                     "prompt_ids": list(output.prompt_token_ids),
                     "response_ids": list(output.outputs[0].token_ids),
                     "text": output.outputs[0].text,
-                    "states": file.name,
+                    "states": _file(record),
                 }
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
@@ -195,12 +203,12 @@ def _sampling(job: CaptureJob, record: dict[str, Any], limit: int) -> Any:
     return SamplingParams(
         temperature=job.temperature,
         max_tokens=_room(job, record, limit),
-        extra_args={"kv_transfer_params": {"states_file": _file(record)}},
+        extra_args=None if job.states is None else {"kv_transfer_params": {"states_file": _file(record)}},
         **drawn,
     )
 
 
-def _flush(llm: Any, files: list[Path]) -> None:
+def flush(llm: Any, files: list[Path]) -> None:
     """The states of the last requests are written with the engine's next step, which nobody else would
     start."""
     deadline = time.monotonic() + _FLUSH_TIMEOUT_S

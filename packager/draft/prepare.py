@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,35 +14,20 @@ from typing import Any
 from packager.artifact import is_sealed, read_manifest
 from packager.checkpoint.source import Checkpoint
 from packager.draft.config import check_aux_layers
+from packager.draft.engine_process import death, engine_environment
 from packager.draft.layer_proof import describe, prove_layers
 from packager.draft.prompts import context_length, tokenize
 from packager.draft.states_file import FILE_OVERHEAD, bytes_per_token
 from packager.draft.workdir import COMPLETE, PROOF, DraftData, claim, drop_torn, is_complete
-from packager.errors import BadInput, RemoteFailure
+from packager.errors import BadInput
 from packager.recipe import DraftSpec
 
 __all__ = ["DraftData", "engine_environment", "prepare", "target_digest"]
-
-_LOG_TAIL = 15
 
 
 def target_digest(target: Path) -> str:
     """Identity of the target: of its manifest if it is a sealed artifact, else of its bytes."""
     return read_manifest(target).digest if is_sealed(target) else Checkpoint.open(target).digest()
-
-
-def engine_environment() -> dict[str, str]:
-    """This process's environment, with what vLLM needs on a CPU where nothing else is set."""
-    wanted = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-    }
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"  # vLLM's CPU build is slow without it
-    if openmp.exists():
-        wanted["LD_PRELOAD"] = str(openmp)
-    return wanted | dict(os.environ)
 
 
 def prepare(
@@ -60,7 +44,8 @@ def prepare(
     What `workdir` holds for the same target, layers, length, sampling, states dtype and prompts is kept,
     responses whose states file is missing or cut short excepted; for others it is discarded.
 
-    Under a disk budget (`spec.max_states_bytes`) capturing stops before a response that might exceed it: how
+    With `spec.states` on-line responses alone are taken, and their states while training. Off-line, under a
+    disk budget (`spec.max_states_bytes`) capturing stops before a response that might exceed it: how
     long responses get is not known beforehand, and what fits is a data set as good as a shorter list of
     prompts. Called again it does nothing more, unless the budget was raised.
 
@@ -96,14 +81,21 @@ def prepare(
     claim(data, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(), progress)
 
     per_token = bytes_per_token(len(layers), config["hidden_size"], spec.states_dtype)
-    drop_torn(data, per_token, progress)
+    online = spec.states == "online"
+    if not online:
+        drop_torn(data, per_token, progress)
+    elif there := data.states_bytes():
+        progress(
+            f"draft: {data.states} holds {there / 1e9:.3g} GB of states that on-line training does not read"
+        )
 
     def prove() -> None:
-        _prove_once(data, target, layers, progress)
+        if not online:
+            prove_once(data, target, layers, data.records(), data.states, progress)
 
     have = {record["index"] for record in data.taken()}
     if is_complete(data, spec):
-        progress(f"draft: {len(have)} responses and their states are there")
+        progress(f"draft: {len(have)} responses {'' if online else 'and their states '}are there")
         return data
     (workdir / COMPLETE).unlink(missing_ok=True)
     wanted = [prompt for prompt in chosen if prompt["index"] not in have]
@@ -115,13 +107,16 @@ def prepare(
                 f"draft: {len(found.too_long)} prompts leave no room within the {length} tokens that the "
                 f"target serves and are skipped (the longest has {max(found.too_long)} tokens)"
             )
-        _plan_disk(data, spec, found.prompts, per_token, length, progress)
+        if online:
+            _plan_spool(spec, found.prompts, per_token, length, progress)
+        else:
+            _plan_disk(data, spec, found.prompts, per_token, length, progress)
         _write_lines(workdir / "prompts.jsonl", found.prompts)
         job = {
             "target": str(target.resolve()),
             "prompts": str(workdir / "prompts.jsonl"),
             "responses": str(data.responses),
-            "states": str(data.states),
+            "states": None if online else str(data.states),
             "layers": layers,
             "max_response_tokens": spec.max_response_tokens,
             "temperature": spec.temperature,
@@ -129,15 +124,16 @@ def prepare(
             "response_seed": spec.response_seed,
             "states_dtype": spec.states_dtype,
             "bytes_per_token": per_token,
-            "max_states_bytes": spec.max_states_bytes,
+            "max_states_bytes": None if online else spec.max_states_bytes,
             "engine": {"max_model_len": length, **(engine or {})},
         }
         (workdir / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        _run_child(workdir / "job.json", workdir / "capture.log", len(have), progress, prove)
+        log, what = workdir / "capture.log", "responses" if online else "responses with hidden states"
+        _run_child(workdir / "job.json", log, len(have), progress, prove, what)
         wanted = found.prompts
     prove()
     taken = len(data.records()) - len(have)
-    stopped = spec.max_states_bytes if taken < len(wanted) else None
+    stopped = spec.max_states_bytes if taken < len(wanted) and not online else None
     if stopped is not None:
         progress(
             f"draft: stopped within the budget of {stopped / 1e9:.3g} GB: {len(have) + taken} responses, "
@@ -147,13 +143,18 @@ def prepare(
     return data
 
 
-def _prove_once(
-    data: DraftData, target: Path, layers: Sequence[int], progress: Callable[[str], None]
+def prove_once(
+    data: DraftData,
+    target: Path,
+    layers: Sequence[int],
+    records: Sequence[Mapping[str, Any]],
+    directory: Path,
+    progress: Callable[[str], None],
 ) -> None:
-    """Prove the layer ids as soon as there are states, if that has not been done."""
+    """Prove the layer ids on the states of `records` in `directory`, if that has not been done."""
     if (data.workdir / PROOF).exists():
         return
-    proof = prove_layers(target, layers, data.records(), data.states)
+    proof = prove_layers(target, layers, records, directory)
     for line in describe(proof):
         progress(f"draft: {line}")
     partial = data.workdir / (PROOF + ".partial")
@@ -207,6 +208,39 @@ def _plan_disk(
         )
 
 
+def _plan_spool(
+    spec: DraftSpec,
+    prompts: Sequence[Mapping[str, Any]],
+    per_token: int,
+    length: int,
+    progress: Callable[[str], None],
+) -> None:
+    """Say what states taken on-line will need, as far as that is known before the responses are.
+
+    Raises:
+        BadInput: the budget does not even hold the held-out prompts.
+    """
+    from packager.draft.states import held_out
+
+    budget = spec.max_states_bytes
+    assert budget is not None
+    asked = [len(prompt["prompt_ids"]) for prompt in prompts if held_out(prompt["id"])]
+    least = per_token * sum(asked)
+    most = least + per_token * sum(min(spec.max_response_tokens, length - tokens) for tokens in asked)
+    between = per_token * spec.checkpoint_every * spec.accumulate * spec.batch_tokens
+    progress(
+        f"draft: states take {per_token / 1024:.1f} KiB a token in {spec.states_dtype}; on-line those of "
+        f"{len(asked)} held-out prompts stay, {least / 1e9:.3g} GB and with responses at most "
+        f"{most / 1e9:.3g} GB, beside {between / 1e9:.3g} GB or less between two checkpoints; the budget is "
+        f"{budget / 1e9:.3g} GB"
+    )
+    if least > budget:
+        raise BadInput(
+            f"the states of the held-out prompts take more than {least} bytes, the budget is {budget}",
+            "Raise draft.max_states_bytes (--max-states-bytes) or lower draft.prompts.",
+        )
+
+
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -217,6 +251,7 @@ def _run_child(
     done_before: int,
     progress: Callable[[str], None],
     on_first: Callable[[], None],
+    what: str = "responses with hidden states",
 ) -> None:
     """Run `packager.draft.capture`; it ends with this process, whose pipe it watches.
 
@@ -235,19 +270,11 @@ def _run_child(
                     done, total = map(int, line[2:].split())
                     if done:
                         on_first()
-                    progress(
-                        f"draft: {done_before + done}/{done_before + total} responses with hidden states"
-                    )
+                    progress(f"draft: {done_before + done}/{done_before + total} {what}")
                 else:
                     errors.write(raw)
         finally:
             child.stdin.close()
             code = child.wait()
     if code:
-        tail = "\n".join(
-            "  | " + line for line in log.read_text("utf-8", "replace").splitlines()[-_LOG_TAIL:]
-        )
-        raise RemoteFailure(
-            f"the engine that generates responses died with exit code {code}\n{tail}",
-            f"The whole log is {log}.",
-        )
+        raise death(code, log)

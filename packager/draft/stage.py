@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from packager.recipe import DraftSpec
 
 if TYPE_CHECKING:
     from packager.draft.loss import Accepted, Target
+    from packager.draft.states import Sample
     from packager.draft.train import Progress, Trainer
 
 STAGE = "draft"
@@ -142,6 +143,8 @@ def train(
     progress: Callable[[str], None],
     *,
     on_step: Callable[[Progress], None] | None = None,
+    engine: Mapping[str, Any] | None = None,
+    devices: str | None = None,
 ) -> TrainedDraft:
     """Train a head for `target` on prepared data, continuing an interrupted run of the same settings.
 
@@ -149,9 +152,14 @@ def train(
     What they get back is good for its figures, not for `export`, because each has a shard of the head; a
     single process that trains again reads the whole of it from the checkpoint.
 
+    With `spec.states` on-line, `target` is served beside the training, with further arguments `engine` of
+    `vllm.LLM` and, where there is CUDA, on `devices` (as CUDA_VISIBLE_DEVICES names them).
+
     Raises:
-        BadInput: the data is missing, damaged or was taken from another target; the loss diverged.
+        BadInput: the data is missing, damaged or was taken from another target; the loss diverged; on-line,
+        the budget or the disk is too small. RemoteFailure: on-line, the engine died.
     """
+    from packager.draft.online import online_states
     from packager.draft.states import held_out, samples
     from packager.draft.train import Trainer
 
@@ -161,6 +169,11 @@ def train(
         raise BadInput(
             "the target is not the one the hidden states were taken from",
             "Run `packager draft prepare` again.",
+        )
+    if spec.states == "offline" and not any(data.states.glob("*.safetensors")):
+        raise BadInput(
+            f"{data.workdir} holds responses without hidden states",
+            "Train with --states online, or run `packager draft prepare --states offline`.",
         )
     records = data.records()
     config = Checkpoint.open(target).config()
@@ -191,15 +204,18 @@ def train(
             sides[held_out(record["id"])].append(record)
         training, held = samples(sides[False], data.states), samples(sides[True], data.states)
         progress(f"draft: training on {len(training)} responses, {len(held)} held out")
-        predictions = trainer.run(training, held, progress, on_step)
-        tasks = {str(record["task"]): list[dict[str, Any]]() for record in sides[True]}
-        for record in sides[True]:
-            tasks[str(record["task"])].append(record)
-        by_task = {
-            task: trainer.predict(found)
-            for task, rows in sorted(tasks.items())
-            if (found := samples(rows, data.states))
-        }
+        with (
+            online_states(target, spec, data, training, held, ranks, progress, engine=engine, devices=devices)
+            if spec.states == "online"
+            else nullcontext()
+        ) as spool:
+            kept = spool.held if spool else held
+            predictions = trainer.run(training, kept, progress, on_step, spool)
+        task_of = {record["states"]: str(record["task"]) for record in sides[True]}
+        tasks: dict[str, list[Sample]] = {}
+        for sample, there in zip(held, kept, strict=True):
+            tasks.setdefault(task_of[sample.path.name], []).append(there)
+        by_task = {task: trainer.predict(found) for task, found in sorted(tasks.items())}
     predicted = predictions[spec.num_speculative_tokens]
     if predicted.drafts:
         rates = " ".join(f"{rate:.3f}" for rate in predicted.per_position)
@@ -277,8 +293,8 @@ def build(
         prompts: mappings with `id`, `messages`, `task`, `language`.
         inputs: digests that the manifest names.
         workdir: responses, hidden states and the training checkpoint; of no use once `out` is sealed.
-        engine: further arguments of `vllm.LLM` for the run that generates responses.
+        engine: further arguments of `vllm.LLM`.
     """
     data = prepare(target, spec, prompts, workdir, progress, engine=engine)
-    trained = train(target, spec, data, progress)
+    trained = train(target, spec, data, progress, engine=engine)
     return export(out, trained, target, recipe_digest=recipe_digest, inputs=inputs)

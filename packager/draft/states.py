@@ -39,6 +39,10 @@ class Sample:
     """Prompt tokens."""
     ids: tuple[int, ...]
     """Prompt and response tokens."""
+    passing: bool = False
+    """Whether its file is there for one step only, so that there is no use in remembering it."""
+    remedy: str = _AGAIN
+    """What to do where its file is of no use."""
 
     @property
     def queries(self) -> int:
@@ -80,15 +84,15 @@ def load_layers(sample: Sample, layers: int) -> Tensor:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         states, tokens = decode_states(tensors), tensors["token_ids"]
     except (OSError, SafetensorError, KeyError, ValueError) as err:
-        raise BadInput(f"cannot read the hidden states {sample.path}: {err}", _AGAIN) from None
+        raise BadInput(f"cannot read the hidden states {sample.path}: {err}", sample.remedy) from None
     if states.shape[:2] != (len(sample.ids) - 1, layers):
         raise BadInput(
             f"{sample.path} holds states of shape {tuple(states.shape)}, expected {len(sample.ids) - 1} "
             f"tokens and {layers} layers",
-            _AGAIN,
+            sample.remedy,
         )
     if tokens.tolist() != list(sample.ids[:-1]):
-        raise BadInput(f"{sample.path} holds the states of other tokens", _AGAIN)
+        raise BadInput(f"{sample.path} holds the states of other tokens", sample.remedy)
     return states
 
 
@@ -113,7 +117,7 @@ class StateCache:
             states, last = load_states(sample, aux, hidden)
             found = states[:-1], last[sample.prompt :].clone()  # a view would hold all layers
             size = sum(tensor.untyped_storage().nbytes() for tensor in found)
-            if size <= self._free:
+            if size <= self._free and not sample.passing:
                 self._kept[sample.path] = found
                 self._free -= size
         return found

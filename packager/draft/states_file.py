@@ -9,6 +9,7 @@ their bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.recipe import StatesDtype
@@ -24,6 +25,16 @@ E4M3_MAX = 448.0
 def bytes_per_token(layers: int, hidden: int, dtype: StatesDtype) -> int:
     """Bytes that one token's states of `layers` layers take on disk, its id included."""
     return layers * (hidden * 2 if dtype == "bfloat16" else hidden + 4) + 8
+
+
+def is_whole(path: Path, tokens: int, per_token: int) -> bool:
+    """Whether a file of states is there with every byte that `tokens` tokens take, and no other."""
+    try:
+        with path.open("rb") as handle:
+            header = int.from_bytes(handle.read(8), "little")
+            return handle.seek(0, 2) == 8 + header + tokens * per_token
+    except FileNotFoundError:
+        return False
 
 
 def encode_states(states: Tensor, dtype: StatesDtype) -> dict[str, Tensor]:

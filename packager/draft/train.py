@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from packager.draft.loss import (
     draft_loss,
 )
 from packager.draft.ranks import Ranks, alone, like, whole
+from packager.draft.spool import Spool
 from packager.draft.states import Sample, StateCache, collate, once, schedule
 from packager.draft.vocabulary import VocabularyMap
 from packager.errors import BadInput
@@ -180,6 +182,7 @@ class Trainer:
         held: Sequence[Sample],
         progress: Callable[[str], None],
         on_step: Callable[[Progress], None] | None = None,
+        spool: Spool | None = None,
     ) -> dict[int, Accepted]:
         """Train to `spec.steps` or an early stop; at the end what `predict` says of `held`.
 
@@ -188,6 +191,7 @@ class Trainer:
         Args:
             progress: gets a line at each checkpoint.
             on_step: is called after each step.
+            spool: where the states of `training` arrive while it goes on; None: they lie where it says.
 
         Raises:
             BadInput: nothing to train or evaluate on, unreadable states, or a loss that is not finite.
@@ -196,8 +200,10 @@ class Trainer:
             raise BadInput("no sample has a response of two tokens or more", "Prepare more prompts.")
         if self.spec.evaluate_every and not held:
             raise BadInput("no held-out responses to evaluate on", "Prepare more prompts.")
+        settings = self.settings()
+        del settings["recipe"]["max_states_bytes"]  # a larger disk is no other run
         identity = {
-            "settings": self.settings(),
+            "settings": settings,
             "config": self.head.config,
             "vocabulary": self._ids,
             "data": [(sample.path.name, sample.ids) for sample in training],
@@ -211,7 +217,7 @@ class Trainer:
         try:
             if log:
                 log.open_after(self.done)
-            self._train(training, held, log, progress, on_step)
+            self._train(training, held, log, progress, on_step, spool)
         finally:
             if log:
                 log.close()
@@ -228,15 +234,21 @@ class Trainer:
         log: TrainingLog | None,
         progress: Callable[[str], None],
         on_step: Callable[[Progress], None] | None,
+        spool: Spool | None,
     ) -> None:
         spec, start = self.spec, self.done
         began = time.monotonic()
-        groups = itertools.islice(
+        groups: Iterator[list[Sample]] = itertools.islice(
             schedule(training, spec.batch_tokens, spec.seed),
             start * spec.accumulate,
             spec.steps * spec.accumulate,
         )
-        with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is trained on
+        if spool:
+            if start < spec.steps and not self._stalled():
+                spool.begin(start)
+            groups = spool.follow(groups, start)
+        with ThreadPoolExecutor(1) as reader, spool or nullcontext():
+            # The next batch is read while this one is trained on.
             ahead = reader.submit(self._next, groups)
             while self.done < spec.steps and not self._stalled():
                 batches = ahead.result()
@@ -265,6 +277,8 @@ class Trainer:
                     if log:
                         log.flush()
                     self._save()
+                    if spool:
+                        spool.saved(self.done)
                     rates = " ".join(f"{rate:.3f}" for rate in found.accepted.per_position)
                     pace = (time.monotonic() - began) / (self.done - start)
                     progress(

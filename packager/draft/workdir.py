@@ -14,6 +14,8 @@ from packager.recipe import DraftSpec
 
 PROOF = "layer_proof.json"
 COMPLETE = "complete"
+_TARGET = "prepared_from"
+"""Holds the digest of the target that gave the responses."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class DraftData:
     def states(self) -> Path:
         """Directory of states files."""
         return self.workdir / "states"
+
+    @property
+    def spool(self) -> Path:
+        """Directory of states files on their way, where they are taken on-line."""
+        return self.workdir / "spool"
 
     @property
     def layer_proof(self) -> dict[str, Any]:
@@ -70,6 +77,12 @@ class DraftData:
         return [found[index] for index in sorted(found)]
 
 
+def prepared(workdir: Path, default: str) -> DraftData:
+    """What lies in `workdir`; `default` is the target's digest where none was written down."""
+    path = workdir / _TARGET
+    return DraftData(workdir, path.read_text(encoding="utf-8") if path.exists() else default)
+
+
 def claim(data: DraftData, key: str, progress: Callable[[str], None]) -> None:
     """Make the work directory one for `key`; what was taken under another key is of no use."""
     data.workdir.mkdir(parents=True, exist_ok=True)
@@ -80,9 +93,11 @@ def claim(data: DraftData, key: str, progress: Callable[[str], None]) -> None:
         )
         mark.unlink()
     if not mark.exists():
-        shutil.rmtree(data.states, ignore_errors=True)
+        for directory in (data.states, data.spool):
+            shutil.rmtree(directory, ignore_errors=True)
         for name in ("responses.jsonl", COMPLETE, PROOF, "prompts.jsonl", "job.json"):
             (data.workdir / name).unlink(missing_ok=True)
+        (data.workdir / _TARGET).write_text(data.target, encoding="utf-8")
         mark.write_text(key, encoding="utf-8")
     data.states.mkdir(exist_ok=True)
     if data.responses.exists():  # cut a line that a kill tore, so that the next one starts on its own
@@ -118,7 +133,7 @@ def is_complete(data: DraftData, spec: DraftSpec) -> bool:
     Raises:
         BadInput: the states that are there exceed the budget.
     """
-    budget, used = spec.max_states_bytes, data.states_bytes()
+    budget, used = None if spec.states == "online" else spec.max_states_bytes, data.states_bytes()
     if budget is not None and used > budget:
         raise BadInput(
             f"the states in {data.workdir} take {used} bytes, the budget is {budget}",
