@@ -143,6 +143,7 @@ def _stop_after(step: int) -> Callable[[Any], None]:
     return on_step
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_reads_the_states_that_it_had_read_before(
     tmp_path: Path, data: DraftData, target: Path, engine: Callable[..., Path]
 ) -> None:
@@ -195,6 +196,7 @@ def test_an_engine_that_dies_and_a_full_disk_lose_nothing(
     assert train(target, spec, data, lambda _: None).trainer.done == 4
 
 
+@pytest.mark.slow
 def test_a_damaged_file_in_the_spool_is_named_and_captured_anew_alone(
     data: DraftData, target: Path, engine: Callable[..., Path]
 ) -> None:

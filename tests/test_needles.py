@@ -193,6 +193,7 @@ def test_a_recipe_whose_items_have_no_long_records_gets_needles_up_to_its_contex
     ]
 
 
+@pytest.mark.slow
 def test_the_cost_of_the_patch_to_short_prompts_is_a_panel(tmp_path: Path) -> None:
     from validation.report import short_context_panel
 

@@ -149,6 +149,7 @@ def test_prefill_is_arithmetic_and_its_attention_grows_with_the_square() -> None
     assert long.operations == pytest.approx(causal + linear)
 
 
+@pytest.mark.slow
 def test_every_card_has_sane_figures_and_this_machine_can_be_measured() -> None:
     for card in hardware_file().cards.values():
         assert card.fp8_tflops >= card.bf16_tflops > 0

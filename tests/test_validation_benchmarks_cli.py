@@ -30,6 +30,7 @@ def arguments(verb: str, url: str, subject: str, folder: Path, *more: str) -> li
     return ["validate", verb, *server, *more]
 
 
+@pytest.mark.slow
 def test_benchmark_runs_compares_and_fails_on_a_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,7 @@ Endpoint(url, "model").complete(requests, Sampling(top_logprobs=None), subject="
 """
 
 
+@pytest.mark.slow
 def test_of_ten_thousand_items_none_is_lost_or_asked_twice_when_client_and_server_are_killed(
     tmp_path: Path,
 ) -> None:

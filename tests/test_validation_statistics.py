@@ -69,6 +69,7 @@ def test_wilson_is_scipys(n: int, data: st.DataObject, confidence: float) -> Non
     assert (low, high) == (pytest.approx(theirs[0], abs=1e-9), pytest.approx(theirs[1], abs=1e-9))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=6)  # statsmodels collects garbage at every call: 0.1 s
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_statsmodels_and_never_looser_than_bonferroni(p_values: list[float]) -> None:
