@@ -128,11 +128,11 @@ def main() -> None:
         )
         crossed.append(abs(said.seconds / cell.seconds - 1))
     print(f"median error of the dense model, predicted from the mixture alone: {median(crossed):.1%}")
-    for feature in ("memory", "arithmetic"):
+    for feature in ("weights", "cache", "arithmetic"):
         share = both.efficiency(feature)
         seen = share is not None and share < 2  # beyond it the cells are not limited by it at all
         print(f"{feature}: {f'{share:.0%} of the measured rate' if seen else 'not seen'}")
-    print(f"host: {1e3 * both.coefficients[3]:.2f} ms a step, {1e3 * both.coefficients[4]:.3f} a sequence")
+    print(f"host: {1e3 * both.coefficients[4]:.2f} ms a step, {1e3 * both.coefficients[5]:.3f} a sequence")
     if options.json:
         document = {
             "card": card.model_dump(),

@@ -1,10 +1,11 @@
 """Speed on hardware one does not have: the bound, with the efficiency that measured cells show.
 
-A step takes its memory time over an efficiency, plus its arithmetic time over another, plus its time on the
-links, plus what is the same for every step and every sequence (launches, scheduling, sampling): times of
-parts that overlap badly add up, which is what engines show between the corners of the roofline. The
-coefficients are fitted, none negative, to the relative error of measured steps. What they say of a cell that
-was left out of the fit is the error one must expect; its spread is the interval of every prediction.
+A step takes the time to read its weights over an efficiency, plus that of its cache over another (attention
+reads less evenly than matrix products), plus its arithmetic and its time on the links over theirs, plus what
+is the same for every step and every sequence (launches, scheduling, sampling): times of parts that overlap
+badly add up, which is what engines show between the corners of the roofline. The coefficients are fitted,
+none negative, to the relative error of measured steps. What they say of a cell that was left out of the fit
+is the error one must expect; its spread is the interval of every prediction.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from validation.hardware import Card
 from validation.models import ModelShape
 from validation.roofline import Setting, Step, decode_step
 
-FEATURES = ("memory", "arithmetic", "links", "step", "sequence")
-"""Coefficients in their order: three reciprocals of efficiencies, then seconds a step and a sequence."""
+FEATURES = ("weights", "cache", "arithmetic", "links", "step", "sequence")
+"""Coefficients in their order: four reciprocals of efficiencies, then seconds a step and a sequence."""
 
 
 class Cell(Document):
@@ -150,7 +151,9 @@ def predict(
 
 
 def _features(bound: Step, concurrency: int) -> tuple[float, ...]:
-    return bound.memory_s, bound.compute_s, bound.link_s, 1.0, float(concurrency)
+    weights = bound.memory_s * bound.weight_bytes / (bound.weight_bytes + bound.kv_bytes)
+    cache = bound.memory_s - weights
+    return weights, cache, bound.compute_s, bound.link_s, 1.0, float(concurrency)
 
 
 def _apply(coefficients: Sequence[float], features: Sequence[float]) -> float:
