@@ -381,6 +381,9 @@ class ValidateSpec(Spec):
     throughput_output_tokens: int = Field(default=96, gt=0)
     noise_floor: bool = True
     """Ask BF16 a second time, in another order and concurrency: what flips without any change."""
+    whole_matrix: bool = True
+    """Also serve the quantized weights with the draft and without YaRN, so that each step's cost is told
+    apart; one server more."""
     fidelity: FidelitySpec = FidelitySpec()
     healthbench: HealthBenchSpec | None = None
     """None: the nano's own rubrics and judge, or not measured."""

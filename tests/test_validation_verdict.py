@@ -222,6 +222,12 @@ def test_a_release_draws_its_conclusions_from_the_runs_it_has(
     summary = json.loads(json.dumps(found.summary()))
     assert summary["noise_floor"] == {"flips": 2, "items": 240}
     assert summary["safety_lost"]["FP8"] == 1
+    assert found.matrix.missing == (("EAGLE3", "FP8"),)
+    alone = runs[1].model_copy(update={"label": "FP8+EAGLE3", "subject": "sha256:FP8+EAGLE3"})
+    whole = conclude(spec, "FP8", runs, noise, alone)
+    assert whole.matrix.missing == ()
+    assert all(step.apart for step in whole.matrix.steps)
+    assert whole.comparisons == found.comparisons, "verdicts are on what is shipped"
     without = conclude(GatesSpec(), "FP8", runs, None)
     assert "noise-floor" not in [panel.key for panel in without.panels(GatesSpec())]
     assert {gate.outcome for gate in without.gates(GatesSpec())} == {"not gated"}

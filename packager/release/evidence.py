@@ -1,10 +1,11 @@
 """Evidence: each variant of the model is served in turn, measured, and judged against the recipe's gates.
 
-Five servers, one after another, because two on one machine spoil each other's speed:
+Six servers, one after another, because two on one machine spoil each other's speed:
 
     BF16 source                     accuracy, twice: what flips anyway is the noise floor; benchmarks, rubrics
     quantized                       accuracy, benchmarks, rubrics; long records, the position limit lifted but
                                     no YaRN
+    quantized + draft               accuracy, so that the cost of YaRN and that of the draft are told apart
     quantized + YaRN                accuracy, greedy texts, long records, speed without the draft
     quantized + YaRN + draft        accuracy, greedy texts, acceptance, speed with the draft
     dense baseline                  speed at the same answer lengths
@@ -288,6 +289,10 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
                 with watch.step(f"rubrics, {served.label}", served.subject):
                     rubrics.measure(served)
             long_before = long_records(served, f"{weights}, no YaRN")
+        alone = None
+        if spec.whole_matrix and recipe.context.length > trained:
+            with variants.drafted_as_trained() as served:
+                alone = accuracy(served)
         with variants.context() as served:
             context = accuracy(served)
             fidelity.candidate(served)
@@ -308,8 +313,8 @@ def measure(recipe: Recipe, workspace: Workspace, variants: Variants, say: Say) 
     long = tuple(run for run in (long_before, long_after) if run is not None)
     runs = (bf16, fp8, context, drafted)
     return Measured(
-        accuracy=runs,
-        verdicts=conclude(recipe.gates, weights, runs, noise),
+        accuracy=runs if alone is None else (bf16, fp8, alone, context, drafted),
+        verdicts=conclude(recipe.gates, weights, runs, noise, alone),
         identity=compare_outputs(reference, candidate) if same else None,
         long=long,
         long_comparison=compare_long(*long) if len(long) == 2 else None,

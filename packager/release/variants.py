@@ -77,6 +77,21 @@ class Variants:
             ),
         )
 
+    def drafted_as_trained(self) -> contextlib.AbstractContextManager[Served]:
+        """Quantized, with the draft and no YaRN in either, at the trained length."""
+        from packager.context.view import trained_view
+
+        tokens, digest = self.recipe.draft.num_speculative_tokens, read_manifest(self.workspace.draft).digest
+        return self._serve(
+            f"{self.recipe.quantize.weights}+EAGLE3",
+            f"{self._subject(self.workspace.fp8)}+{digest}x{tokens}",
+            lambda: self._spec(
+                self.servable(self.workspace.fp8),
+                draft=trained_view(self.workspace.draft, self.workspace.work / "draft-as-trained"),
+                num_speculative_tokens=tokens,
+            ),
+        )
+
     def context(self) -> contextlib.AbstractContextManager[Served]:
         """Quantized, with YaRN, no draft."""
         return self._serve(

@@ -1,7 +1,7 @@
 """What a release concludes from accuracy: noise floor, safety items, the cost of each step, and the verdicts.
 
-All from the runs that evidence takes anyway, and one more of BF16. EAGLE3 is measured on top of YaRN, the way
-it is shipped; without YaRN it is not served, and the matrix says so.
+All from the runs that evidence takes anyway, one more of BF16, and one of the quantized weights with the
+draft and without YaRN. Verdicts are on what is shipped, which has both.
 """
 
 from __future__ import annotations
@@ -98,7 +98,11 @@ class Verdicts:
 
 
 def conclude(
-    spec: GatesSpec, weights: str, runs: Sequence[AccuracyRun], noise: NoiseFloor | None
+    spec: GatesSpec,
+    weights: str,
+    runs: Sequence[AccuracyRun],
+    noise: NoiseFloor | None,
+    drafted_as_trained: AccuracyRun | None = None,
 ) -> Verdicts:
     """Compare the variants with BF16 and with one another.
 
@@ -107,6 +111,7 @@ def conclude(
         weights: what the quantized weights are called.
         runs: of BF16, quantized, quantized with YaRN, and that with the draft, on the same items.
         noise: BF16 asked twice, if it was.
+        drafted_as_trained: quantized with the draft and without YaRN, for the matrix alone.
 
     Raises:
         MeasurementError: the runs do not pair.
@@ -118,6 +123,9 @@ def conclude(
     margin = margin_points(spec)
     reference, *candidates = runs
     added = ((), (weights,), (weights, "YaRN"), (weights, "YaRN", "EAGLE3"))
+    variants = [Variant(run, frozenset(features)) for run, features in zip(runs, added, strict=True)]
+    if drafted_as_trained is not None:
+        variants.insert(2, Variant(drafted_as_trained, frozenset((weights, "EAGLE3"))))
     checks = (
         check_safety(reference, run, margin_points=margin, tasks=spec.safety_tasks, noise=noise)
         for run in candidates
@@ -130,7 +138,7 @@ def conclude(
         noise=noise,
         safety=tuple(check for check in checks if check is not None),
         matrix=build_matrix(
-            [Variant(run, frozenset(features)) for run, features in zip(runs, added, strict=True)],
+            variants,
             margin_points=margin,
             wanted=[frozenset((weights, "EAGLE3"))],
         ),
