@@ -335,7 +335,7 @@ def test_vllm_that_dies_leaves_a_work_directory_to_go_on_in(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 400_000))
     spec = SPEC.model_copy(update={"max_states_bytes": 399_000})
     lines: list[str] = []
-    with pytest.raises(RemoteFailure, match="the engine that generates responses died") as caught:
+    with pytest.raises(RemoteFailure, match="the engine that serves the target died") as caught:
         prepare(CHECKPOINT, spec, language.prompts(48), tmp_path / "work", lines.append, engine={"dtype": 1})
     assert "dtype" in caught.value.message
     assert any("the budget is" in line for line in lines)
