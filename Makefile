@@ -14,10 +14,10 @@ LOCK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements/cuda.txt || e
 BIN := .venv/bin
 WORKSPACE ?= demo
 
-.PHONY: help venv demo test check lint lock bench bench-quantize bench-damage bench-client bench-draft bench-verdict clean
+.PHONY: help venv demo test check lint lock bench bench-quantize bench-damage bench-client bench-draft bench-verdict bench-prediction clean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 # The stamp is written last and holds a hash of what was installed: a half-made environment has none and is
 # made anew, an unchanged lock is not installed again.
@@ -104,6 +104,9 @@ bench-client: venv  ## throughput through our client against `vllm bench serve` 
 
 bench-draft: venv  ## training of a draft against a loop over speculators' parts, as a ratio of one run: 3 minutes
 	@exec $(BIN)/python benchmarks/draft_training.py
+
+bench-prediction: venv  ## held-out errors of the calibrated bound on this machine: two minutes
+	@exec $(BIN)/python benchmarks/prediction.py
 
 bench-verdict: venv  ## coverage of intervals, false alarms and power of the gate, by simulation: a minute
 	@OMP_NUM_THREADS=1 exec $(BIN)/python benchmarks/verdict.py
