@@ -142,7 +142,8 @@ def load_claims(name: str | Path) -> list[Claim]:
         text = shipped.read_text("utf-8") if known else Path(name).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise MeasurementError(
-            f"cannot read claims from {name}: {err}", "Give a YAML file, or the name antangelmed."
+            f"cannot read claims from {name}: {getattr(err, 'strerror', None) or err}",
+            "Give a YAML file, or the name antangelmed.",
         ) from None
     claims: list[Claim] = _parse(text, TypeAdapter(list[Claim]), str(name))
     if len({claim.id for claim in claims}) != len(claims):
@@ -155,7 +156,7 @@ def load_measured(path: Path) -> list[Measured]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        raise MeasurementError(f"cannot read {path}: {err}") from None
+        raise MeasurementError(f"cannot read {path}: {getattr(err, 'strerror', None) or err}") from None
     figures: list[Measured] = _parse(text, TypeAdapter(list[Measured]), str(path))
     return figures
 
