@@ -9,7 +9,7 @@ Runs the functions that `packager validate` and a release run, on data of which 
   97.5 % quantiles, what a hair's breadth of the truth can add or take. Where the grain exceeds the room that
   94 to 96 % leaves, no interval on counts keeps inside it everywhere, and the row says so.
 - Rubric scores: the plain percentile bootstrap and Student's interval beside the symmetric studentised
-  bootstrap that is used, in conversations of one to three items. A "limit" is a setting, named beforehand,
+  bootstrap that is used, in conversations of one to three items. A "limit" is a setting, marked after trial runs,
   in which no interval does better: too few conversations move, or rare large losses decide the mean and most
   samples hold too few of them to show it.
 - Gate: the share of runs in which each rule fails a model that lost nothing (false alarm) and one that lost
@@ -56,7 +56,7 @@ class Coverage:
     used: bool = True
     """False: shown for comparison, no verdict rests on it."""
     limit: bool = False
-    """Named beforehand as beyond what the method can do."""
+    """Beyond what the method can do: marked after trial runs had missed the band there."""
 
     @property
     def inside(self) -> bool:
