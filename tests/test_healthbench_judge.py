@@ -152,6 +152,8 @@ def test_a_right_model_scores_all_and_a_careless_one_is_found(
     paired = found.scores.overall
     assert paired.difference_points == pytest.approx(100 * (bad.overall.unclipped or 0) - 100)
     assert (paired.items, paired.moved, found.new_harm, found.harm_p_value) == (12, 2, 2, 0.5)
+    # Scores below zero reach beyond a difference of 100 points, and so do the intervals.
+    assert all(row.low_points <= row.difference_points <= row.high_points for row in found.scores.by_task)
     by_theme = {row.scope: row.difference_points for row in found.scores.by_task}
     assert by_theme["theme:dose"] == pytest.approx(-100 - 800 / 11) and by_theme["theme:triage"] == 0
     assert (

@@ -314,6 +314,7 @@ def compare_rubrics(
             labels=(reference.label, candidate.label),
             margin_points=margin_points,
             confidence=confidence,
+            span=max((_span(a) for a, _, _ in scored), default=1.0),
             seed=seed,
         ),
         new_harm=new,
@@ -323,6 +324,12 @@ def compare_rubrics(
         counts=reference.counts and candidate.counts,
         reasons=tuple(f"{run.label}: {why}" for run in (reference, candidate) for why in run.reasons),
     )
+
+
+def _span(result: ExampleResult) -> float:
+    """From the lowest score of an example, all that harms and nothing else, to the highest, 1."""
+    points = [graded.item.points for graded in result.graded]
+    return 1.0 - sum(p for p in points if p < 0) / sum(p for p in points if p > 0)
 
 
 def _themes(results: Sequence[ExampleResult]) -> list[str]:

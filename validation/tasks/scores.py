@@ -77,6 +77,7 @@ def compare_scores(
     margin_points: float,
     task_margins: Mapping[str, float] | None = None,
     confidence: float = 0.95,
+    span: float = 1.0,
     seed: int = 0,
 ) -> ScoreComparison:
     """Pair two lists of scores by id.
@@ -87,6 +88,7 @@ def compare_scores(
         margin_points: loss that counts as none, in points; of each task without one of its own too.
         task_margins: margins of single tasks.
         confidence: of the intervals.
+        span: largest difference that two scores of an item can have; beyond 1 where scores may be negative.
         seed: of the resampling.
 
     Raises:
@@ -110,7 +112,12 @@ def compare_scores(
         before, after = [first[i].score for i in ids], [second[i].score for i in ids]
         try:
             found = paired_means(
-                before, after, [first[i].conversation for i in ids], confidence=confidence, seed=seed
+                before,
+                after,
+                [first[i].conversation for i in ids],
+                confidence=confidence,
+                span=span,
+                seed=seed,
             )
         except ValueError as err:
             raise MeasurementError(f"{scope}: {err}") from None
