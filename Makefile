@@ -83,8 +83,8 @@ lint: venv  ## ruff, mypy --strict, the layer test
 
 # Where the CPU build of torch comes from: a local wheel folder if pip is given one, else where uv knows it.
 CPU_TORCH = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
-COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --python-version 3.11 --extra quantize --extra draft \
-	--extra validate --extra nano --extra dev --no-emit-index-url --no-emit-find-links --no-annotate --no-header
+COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --python-version 3.11 --extra quantize --extra draft --extra hubs \
+	--extra sigstore --extra validate --extra nano --extra dev --no-emit-index-url --no-emit-find-links --no-annotate --no-header
 
 lock: venv  ## resolve pyproject.toml into requirements/cpu.txt and cuda.txt
 	@$(COMPILE) $(CPU_TORCH) --extra serve-cpu --override requirements/overrides-cpu.txt -o requirements/cpu.txt
