@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import model_of
@@ -426,12 +426,17 @@ def make_plan(
     )
 
 
-def shape_config(name: str) -> Described:
-    """A published architecture by name. Raises UsageProblem: unknown (the known ones are listed)."""
+def shape_file(name: str) -> dict[str, Any]:
+    """config.json of a published architecture. Raises UsageProblem: unknown (the known ones are listed)."""
     folder = resources.files("recipes")
     names = [entry.name for entry in folder.iterdir()]
     known = sorted(entry.removesuffix(".json") for entry in names if entry.endswith(".json"))
     if name not in known:
         raise UsageProblem(f"no shape named {name!r}", f"Known: {', '.join(known) or 'none'}.")
     with resources.as_file(folder.joinpath(f"{name}.json")) as path:
-        return Described.parse(read_json_object(path), name)
+        return read_json_object(path)
+
+
+def shape_config(name: str) -> Described:
+    """A published architecture by name. Raises UsageProblem: unknown (the known ones are listed)."""
+    return Described.parse(shape_file(name), name)
