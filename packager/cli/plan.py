@@ -274,7 +274,7 @@ def _print(
     for name, value in rows:
         click.echo(textwrap.fill(f"{name:<11} {value}", _WIDTH, subsequent_indent=" " * 12))
     _print_bounds("decoding, at best", plan.bounds)
-    _print_bounds(f"with the draft, if {acceptance or 0:g} tokens a step are accepted", plan.draft_bounds)
+    _print_bounds(f"with the draft, if a step yields {acceptance or 0:g} tokens", plan.draft_bounds)
     if plan.prefill is not None:
         click.echo(
             f"\nreading a prompt of {plan.context} tokens: {plan.prefill.seconds:.2f} s at best "
