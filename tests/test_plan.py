@@ -204,7 +204,7 @@ SGLANG_OPTIONS: dict[str, type] = {
 
 @pytest.mark.slow
 def test_the_parsers_of_vllm_and_sglang_take_every_command_that_plan_prints() -> None:
-    """SGLang's own parser where it is installed; else its documented options and the types of their values."""
+    """SGLang's own parser where it is installed; else its documented options and their types."""
     pytest.importorskip("vllm")
     commands = printed_commands()
     assert len(commands) > 12
@@ -252,9 +252,7 @@ def test_the_parsers_of_vllm_and_sglang_take_every_command_that_plan_prints() ->
         assert given.keys() <= SGLANG_OPTIONS.keys()
         assert all(SGLANG_OPTIONS[name](value) is not None for name, value in given.items())
         if "--speculative-num-steps" in given:
-            steps, tokens = (
-                given[f"--speculative-{name}"] for name in ("num-steps", "num-draft-tokens")
-            )
+            steps, tokens = (given[f"--speculative-{name}"] for name in ("num-steps", "num-draft-tokens"))
             assert int(tokens) == int(steps) + 1
     try:
         from sglang.srt.server_args import ServerArgs  # type: ignore[import-not-found]

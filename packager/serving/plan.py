@@ -56,6 +56,10 @@ class ModelBytes:
         """KV cache of one token, the draft's single layer included."""
         return (self.shape.layers + bool(self.draft)) * self.kv_layer
 
+    def tokens_in(self, space: float) -> int:
+        """Tokens whose KV cache takes `space` bytes in all. Engines round down to whole blocks of tokens."""
+        return max(0, int(space / self.kv_per_token))
+
 
 def layout_of(config: Config) -> Model:
     """The declared architecture of a config, with its sizes."""
@@ -281,9 +285,8 @@ def fit(model: ModelBytes, hardware: Hardware, context: int) -> Fit:
     # A KV head is not split: with more cards than KV heads each card still holds one.
     keys = model.layout.shape["kv_heads"]
     heads = max(1, keys // ways)
-    kv_per_card = model.kv_per_token * heads / keys
     room = hardware.usable_per_card - per_card
-    tokens = max(0, int(room / kv_per_card))
+    tokens = model.tokens_in(room * keys / heads)
     problem = split_problem(model.layout, ways, model.precision)
     if problem is None and room <= 0:
         problem = (

@@ -3,10 +3,10 @@
 vLLM ships tile sizes found by search, a file each: `E=…,N=…,device_name=…[,dtype=…][,block_shape=…].json` for
 the fused expert kernel (layers/fused_moe/configs) and `N=…,K=…,…` for block-FP8 matrices
 (layers/quantization/utils/configs). Only its Triton kernels read them, and run with a default where a file is
-missing. E is the experts on a card, N the rows of an expert's output side there (fused_moe.py,
-try_get_optimal_moe_config). Which kernels it takes follows its own order of preference (fused_moe/oracle/fp8.py
-and unquantized.py, kernels/linear/__init__.py). Names of the installed vLLM are read without importing it;
-where none is installed, those of the release in vllm_tuned.txt.
+missing. E is the experts on a card, N the width of an expert there (fused_moe.py,
+try_get_optimal_moe_config). Which kernels it takes follows its own order of preference
+(fused_moe/oracle/fp8.py and unquantized.py, kernels/linear/__init__.py of 0.32). Names of the installed vLLM
+are read without importing it; where none is installed, those of the release in vllm_tuned.txt.
 """
 
 from __future__ import annotations
