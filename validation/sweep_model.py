@@ -65,6 +65,10 @@ class Variant(Document):
     acceptance: Literal["measured", "synthetic"] | None = None
     """How draft tokens are accepted; None: no draft, or it is not known."""
     synthetic_acceptance_length: float | None = None
+    simulated: tuple[str, ...] = ()
+    """What else is not as in service, each in a few words; part of the mark."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of this variant, in sentences."""
 
     @property
     def mark(self) -> str | None:
@@ -75,6 +79,7 @@ class Variant(Document):
         if self.acceptance == "synthetic":
             length = self.synthetic_acceptance_length
             said.append("synthetic acceptance" + ("" if length is None else f" {length:g}"))
+        said += self.simulated
         return f"{self.name}: {', '.join(said)}" if said else None
 
 

@@ -210,7 +210,9 @@ def _kernels_of(plan: Plan) -> tuple[Kernels, ...]:
 
 def _kernels_document(plan: Plan) -> dict[str, Any]:
     def tuned(one: Tuned | None) -> dict[str, Any] | None:
-        return one and {"file": one.file, "tuned": one.found, "read": one.used, "kernel": one.why}
+        if one is None:
+            return None
+        return {"file": one.file, "tuned": one.found, "read": one.used, "kernel": one.why}
 
     return {
         "vllm": shipped().release,

@@ -18,12 +18,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from packager.bailing.vllm_plugin import ROUTING, UNIFORM_ON_CPU
 from packager.checkpoint.source import CONFIG_NAME, read_json_object
-from packager.draft.config import draft_config
+from packager.draft.config import TOKEN_IDS, draft_config
 from packager.errors import BadInput, UsageProblem
 from packager.layouts import Described
 from packager.nano import CHECKPOINT
@@ -32,6 +33,10 @@ from packager.recipe import DraftSpec
 from packager.serving.cpu import device, fp8_runs_here
 from packager.serving.engine import ServeSpec
 from packager.serving.plan import shape_file
+
+if TYPE_CHECKING:
+    from validation.sweep import ServedVariant
+    from validation.sweep_model import Role
 
 Scheme = Literal["bf16", "fp8-block"]
 SCHEMES = get_args(Scheme)
@@ -44,10 +49,10 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 class DummyShape:
     """One shape, written and ready to be served."""
 
-    label: str
-    """For tables: the shape and every mark, so that no figure is read as one of real weights."""
-    marks: tuple[str, ...]
-    """What is not real: `dummy weights`, `synthetic acceptance 2.5`, `4 of 32 layers`, ..."""
+    name: str
+    """For tables: shape, precision, acceptance."""
+    simulated: tuple[str, ...]
+    """What is not as in service, beside dummy weights and synthetic acceptance: `4 of 32 layers`, routing."""
     notes: tuple[str, ...]
     """What else a reader must know, in sentences."""
     subject: str
@@ -96,10 +101,10 @@ def dummy_shape(
     source = _source(shape)
     config = dict(source.config)
     whole = config["num_hidden_layers"]
-    marks, notes = ["dummy weights"], []
+    simulated, notes = [], []
     if layers is not None and layers != whole:
         config = _with_layers(config, layers, source.name)
-        marks.append(f"{layers} of {whole} layers")
+        simulated.append(f"{layers} of {whole} layers")
     runs, reason = fp8_runs_here()
     if scheme == "fp8-block" and not runs:
         notes.append(f"Served in BF16: {reason}.")
@@ -115,7 +120,7 @@ def dummy_shape(
         config["quantization_config"] = quantization_config(stated, tensors, quantized)
     env = {}
     if described.model.experts:
-        marks.append("uniform random routing")
+        simulated.append("uniform random routing")
         env[ROUTING] = UNIFORM_ON_CPU if device() == "cpu" else "uniform_random"
     model = out / "model"
     if source.tokenizer is None:
@@ -126,7 +131,7 @@ def dummy_shape(
         )
     else:
         _write_own_tokenizer(model, source.tokenizer)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    ids = {key: config[key] for key in TOKEN_IDS if key in config}
     _write_json(model / CONFIG_NAME, config)
     _write_json(model / "generation_config.json", ids)
     spec = ServeSpec(
@@ -142,17 +147,17 @@ def dummy_shape(
         head = draft_config(config, _draft_spec(described, draft_vocab))
         _write_json(out / "draft" / CONFIG_NAME, head)
         parts.append({**head, "num_speculative_tokens": draft_tokens, "acceptance": synthetic_acceptance})
-        marks.append(f"synthetic acceptance {synthetic_acceptance:g}")
         spec = replace(
             spec,
             draft=out / "draft",
             num_speculative_tokens=draft_tokens,
             synthetic_acceptance_length=synthetic_acceptance,
         )
+    name = f"{source.name} {scheme}"
     digest = hashlib.sha256(json.dumps([*parts, env], sort_keys=True).encode()).hexdigest()
     return DummyShape(
-        label=f"{source.name} {scheme.upper()} ({', '.join(marks)})",
-        marks=tuple(marks),
+        name=name if synthetic_acceptance is None else f"{name} acceptance {synthetic_acceptance:g}",
+        simulated=tuple(simulated),
         notes=tuple(notes),
         subject=f"dummy:sha256:{digest}",
         scheme=scheme,
@@ -162,19 +167,48 @@ def dummy_shape(
 
 
 def dummy_variants(
-    shape: str, out: Path, synthetic_acceptance: Sequence[float] = (), **settings: Any
-) -> tuple[DummyShape, ...]:
-    """A shape without a draft, then with one at each synthetic acceptance; settings as for `dummy_shape`."""
-    wanted = (None, *synthetic_acceptance)
-    return tuple(
-        dummy_shape(
-            shape,
-            out / ("plain" if length is None else f"acceptance-{length:g}"),
-            synthetic_acceptance=length,
-            **settings,
+    shape: str,
+    out: Path,
+    *,
+    baseline: bool = False,
+    synthetic_acceptance: Sequence[float] = (),
+    draft_tokens: int | None = None,
+    logs: Path,
+    **settings: Any,
+) -> list[ServedVariant]:
+    """A shape as variants of a sweep: with a draft at each synthetic acceptance, then without one.
+
+    Args:
+        baseline: measured against, instead of measured.
+        draft_tokens: None: 3, or as many as the largest acceptance needs.
+        logs: folder of the servers' logs.
+        settings: as for `dummy_shape`.
+
+    Raises:
+        UsageProblem, BadInput: as `dummy_shape`.
+    """
+    from packager.release.sweep_variants import own_variant
+
+    lengths = list(dict.fromkeys(synthetic_acceptance))
+    tokens = draft_tokens or max([3, *(ceil(length) - 1 for length in lengths)])
+    found = []
+    for length in (*lengths, None):
+        made = dummy_shape(shape, out, synthetic_acceptance=length, draft_tokens=tokens, **settings)
+        role: Role = "baseline" if baseline else "candidate"
+        if lengths and length is None and not baseline:
+            role = "candidate without draft"
+        served = own_variant(
+            made.name,
+            role,
+            made.spec,
+            subject=made.subject,
+            tokenizer=made.tokenizer,
+            log=logs / f"serve-{made.name.replace(' ', '-')}.log",
+            weights="dummy",
         )
-        for length in wanted
-    )
+        told = {"simulated": made.simulated, "notes": made.notes}
+        found.append(replace(served, variant=served.variant.model_copy(update=told)))
+    return found
 
 
 def aux_layers(layers: int) -> tuple[int, int, int]:
@@ -248,7 +282,7 @@ def _write_nano_tokenizer(model: Path, vocabulary: int, length: int) -> dict[str
     _write_json(model / "tokenizer_config.json", settings)
     _replace(model / "chat_template.jinja", (CHECKPOINT / "chat_template.jinja").read_bytes())
     nano = read_json_object(CHECKPOINT / CONFIG_NAME)
-    return {key: nano[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {key: nano[key] for key in TOKEN_IDS}
 
 
 def _write_own_tokenizer(model: Path, folder: Path) -> None:
