@@ -243,7 +243,8 @@ def _source(shape: str) -> _Source:
     if path.suffix == ".json" or path.exists():
         folder = path.parent.resolve()
         tokenizer = folder if (folder / "tokenizer.json").is_file() else None
-        return _Source(folder.name, read_json_object(path), tokenizer)
+        name = folder.name if path.name == CONFIG_NAME else path.stem
+        return _Source(name, read_json_object(path), tokenizer)
     return _Source(shape, shape_file(shape), None)
 
 
