@@ -15,7 +15,11 @@ SPACE = 1 << 30
 
 
 def reported(log: Path) -> int:
-    """What the engine says at its start; AssertionError if it says nothing."""
+    """What the engine says at its start; AssertionError if it says nothing.
+
+    It counts requests of the full length, each in whole blocks (128 tokens on a processor): of a length
+    that is no multiple of them, the rest of the last block is counted as lost.
+    """
     found = _REPORTED.search(log.read_text(encoding="utf-8", errors="replace"))
     assert found is not None, f"no KV cache size in {log}"
     return int(found[1].replace(",", ""))

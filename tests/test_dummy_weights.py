@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import served_capacity
 from conftest import TINY_CONFIG
 from tiny_architectures import tiny_config
 
@@ -159,3 +160,31 @@ def test_what_cannot_be_served_so_is_refused(
     with pytest.raises(PackagerError, match=says) as caught:
         dummy_shape(name, tmp_path / "out", **settings)
     assert isinstance(caught.value, BadInput if "quantized" in shape else UsageProblem)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_vllm_serves_a_shape_with_a_draft_that_is_a_config_alone(config: Path, tmp_path: Path) -> None:
+    """The sweep's own path on a real engine: experts chosen at random, drafts accepted as often as asked."""
+    from packager.nano.language import heldout_items
+    from validation.sweep import Plan, measure_sweep
+    from validation.tasks import items_from
+
+    settings: dict[str, Any] = {"scheme": "bf16", "draft_vocab": 512, "max_model_len": 256}
+    config.write_text(json.dumps({**MOE, "max_position_embeddings": 256}))
+    served = dummy_variants(
+        str(config), tmp_path, synthetic_acceptance=(2.5,), logs=tmp_path / "logs", **settings
+    )[:1]
+    plan = Plan(concurrency=(4,), input_tokens=(64,), output_tokens=(96,), repeats=1, requests=8)
+    sweep = measure_sweep(served, items_from(heldout_items(4, 0)), plan, cache=tmp_path / "cells")
+    (cell,) = sweep.cells
+    assert cell.failure is None, cell.failure
+    assert cell.answer_tokens == 96 and sweep.lengths == "fixed"
+    # 768 tokens in steps of 1 to 4: a standard error of about 0.06.
+    assert cell.acceptance_length is not None
+    assert cell.acceptance_length.median == pytest.approx(2.5, abs=0.3)
+    assert sweep.marks == (served[0].variant.mark,)
+    (log,) = (tmp_path / "logs").iterdir()
+    assert "Simulating MoE routing" in log.read_text()
+    planned = model_bytes(Described.parse(MOE), "bf16", draft_vocab=512).tokens_in(served_capacity.SPACE)
+    assert served_capacity.reported(log) == pytest.approx(planned, rel=0.05)
