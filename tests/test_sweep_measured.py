@@ -1,4 +1,4 @@
-"""The interleaved sweep against real processes: real `vllm bench serve`, servers that behave and that do not."""
+"""The interleaved sweep on real processes: real `vllm bench serve`, servers that behave and that do not."""
 
 from __future__ import annotations
 
