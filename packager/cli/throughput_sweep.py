@@ -228,8 +228,8 @@ def show(sweep: Sweep) -> None:
 def _print_cells(sweep: Sweep, cells: Sequence[SweepCell]) -> None:
     drafted = any(c.acceptance_length for c in cells)
     power = any(c.power_w for c in cells)
-    header = ["in", "out", "given", "at once", "tok/s", "range", "/user", "TTFT", "e2e95"]
-    header += ["good/s"] * (sweep.limits is not None) + ["acc."] * drafted + ["W"] * power
+    header = ["in", "out", "ans", "conc", "tok/s", "range", "/user", "TTFT", "e2e95"]
+    header += ["good"] * (sweep.limits is not None) + ["acc."] * drafted + ["W"] * power
     rows: list[list[object]] = []
     failed: list[str] = []
     for c in cells:
@@ -281,9 +281,10 @@ def _notes(sweep: Sweep) -> list[str]:
         "fixed": "Every answer has the full length, past its own end.",
     }
     said = ["", lengths[sweep.lengths], "Prompts differ by cell and repeat."]
-    said.append("given: tokens of a mean answer. range: lowest and highest repeat. /user: 1000 / TPOT.")
+    said.append("ans: tokens of a mean answer. conc: requests at once.")
+    said.append("range: lowest and highest repeat. /user: 1000 / TPOT.")
     said.append("TTFT: median; e2e95: 95th percentile of a whole answer; both in ms.")
-    said.append("acc.: acceptance length. good/s: requests within the limits of --goodput.")
+    said.append("acc.: acceptance length. good: requests/s within the limits of --goodput.")
     if sweep.repeats == 1:
         said.append("One repeat: no interval. Give --repeats 3 or more.")
     elif sweep.repeats < 4:
