@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import served_capacity
+from click.testing import CliRunner
 from conftest import TINY_CONFIG
 from tiny_architectures import tiny_config
 
 from packager.bailing.vllm_plugin import ROUTING
+from packager.cli.validate import command as validate
 from packager.draft.config import tensor_shapes
 from packager.errors import BadInput, PackagerError, UsageProblem
 from packager.layouts import Described
@@ -160,6 +162,25 @@ def test_what_cannot_be_served_so_is_refused(
     with pytest.raises(PackagerError, match=says) as caught:
         dummy_shape(name, tmp_path / "out", **settings)
     assert isinstance(caught.value, BadInput if "quantized" in shape else UsageProblem)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--url", "http://127.0.0.1:9", "--shape", "seed-oss-36b", "--input-tokens", "64"],
+            "instead of --url",
+        ),
+        (["--shape", "seed-oss-36b"], "needs input lengths"),
+        (["--shape", "no-such-shape", "--input-tokens", "64"], "no shape named"),
+        (["--shape", "seed-oss-36b", "--input-tokens", "64", "--synthetic-acceptance", "0.5"], "at least"),
+    ],
+)
+def test_the_verb_says_what_does_not_go_together(options: list[str], says: str, tmp_path: Path) -> None:
+    line = ["throughput", "--cache", str(tmp_path), *options]
+    done = CliRunner().invoke(validate, line)
+    said = done.exception.message if isinstance(done.exception, PackagerError) else done.output
+    assert done.exit_code != 0 and says in said
 
 
 @pytest.mark.engine

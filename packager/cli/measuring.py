@@ -41,6 +41,9 @@ def server_options(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def packed(label: str, cache: Path, out: Path | None, as_json: bool, **own: Any) -> None:
         chosen = {name: own.pop(name) for name in where()}
+        if own.get("shape") is not None:  # what is measured is made of configs, later
+            function(Server(_nowhere(chosen, label, cache), out, as_json, None, chosen), **own)
+            return
         with serving(chosen, label=label, cache=cache) as target:
             function(Server(target, out, as_json, chosen["serve"], chosen), **own)
 
@@ -58,6 +61,15 @@ def server_options(function: Callable[..., None]) -> Callable[..., None]:
         options.as_json,
     ]
     return functools.reduce(lambda f, option: option(f), reversed(shared), packed)
+
+
+def _nowhere(chosen: dict[str, Any], label: str, cache: Path) -> Target:
+    """A label and a cache for measurements that start servers of their own."""
+    from validation.endpoint import Target
+
+    if chosen["url"] is not None or chosen["serve"] is not None:
+        raise click.UsageError("--shape is measured instead of --url or --serve")
+    return Target("", chosen["model"], "", label, cache)
 
 
 def read_run(kind: type[Any], path: Path) -> Any:

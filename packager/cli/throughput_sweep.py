@@ -11,6 +11,7 @@ import click
 
 from packager.cli import options
 from packager.cli.measuring import Server, print_table
+from packager.cli.throughput_shapes import shape_options, shape_variants
 from packager.cli.validate_served import served_options
 from packager.errors import RemoteFailure, UsageProblem
 
@@ -79,13 +80,15 @@ def sweep_options() -> list[Decorator]:
             help="Without a token, after which a server counts as stalled.",
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of prompts."),
+        *shape_options(),
     ]
 
 
 def asked_for(own: dict[str, Any]) -> bool:
     """Whether the options mean a sweep rather than a single run."""
     given = ("input_tokens", "repeats", "requests", "residency", "draft_tokens", "lengths", "goodput")
-    return any(own[name] for name in (*given, "baseline_serve", "baseline_url"))
+    sides = ("baseline_serve", "baseline_url", "shape", "baseline_shape", "synthetic_acceptance")
+    return any(own[name] for name in (*given, *sides))
 
 
 def run_sweep(
@@ -118,8 +121,17 @@ def run_sweep(
     variants = [
         *_side(server.options, "", server.target.label, cache, tokenizer, own, say),
         *_side(own, "baseline_", "baseline", cache, own["baseline_tokenizer"] or tokenizer, own, say),
+        *shape_variants(
+            own,
+            cache,
+            input_tokens=own["input_tokens"],
+            output_tokens=output_tokens,
+            draft_tokens=own["draft_tokens"],
+            say=say,
+        ),
         *extra,
     ]
+    variants.sort(key=lambda one: one.variant.role == "baseline")  # a candidate leads
     plan = Plan(
         concurrency=concurrency,
         input_tokens=own["input_tokens"],
@@ -208,12 +220,13 @@ def _announce(plan: Plan, variants: Sequence[ServedVariant], say: Callable[[str]
 def show(sweep: Sweep) -> None:
     """Print a sweep's tables, 80 columns wide, with what must be known to read them."""
     for mark in sweep.marks:
-        click.echo(f"NOT REAL: {mark}")
+        click.echo(textwrap.fill(f"NOT REAL: {mark}", _WIDTH, subsequent_indent="  "))
     several = len({c.output_tokens for c in sweep.cells}) > 1
     for variant in sweep.variants:
         engine = " ".join(filter(None, (variant.engine, variant.engine_version)))
         many = "" if variant.devices == 1 else f", {variant.devices} GPUs"
-        click.echo(f"\n{variant.name} ({engine}{many})")
+        dummy = ", dummy weights" if variant.weights == "dummy" else ""
+        click.echo(f"\n{variant.name} ({engine}{many}{dummy})")
         _print_cells(sweep, [c for c in sweep.cells if c.variant == variant.name])
     pairs = list(dict.fromkeys((r.candidate, r.baseline) for r in sweep.ratios))
     if pairs:
@@ -291,6 +304,7 @@ def _notes(sweep: Sweep) -> list[str]:
         said.append(f"{sweep.repeats} repeats: intervals are wide, as they have to be.")
     if sweep.prefix_caching == "as served":
         said.append("A server that ran already may keep a prefix cache; shared beginnings would gain by it.")
+    said += dict.fromkeys(note for variant in sweep.variants for note in variant.notes)
     if not any(c.power_w for c in sweep.cells):
         said.append("Power: not measured, nothing here tells it.")
     return said

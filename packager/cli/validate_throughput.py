@@ -34,8 +34,7 @@ def _sweep_options(function: Callable[..., None]) -> Callable[..., None]:
     "--items",
     "items_path",
     type=EXISTING_FILE,
-    required=True,
-    help="JSONL whose conversations are the prompts.",
+    help="JSONL whose conversations are the prompts; with --shape the nano's questions if left out.",
 )
 @click.option(
     "--tokenizer",
@@ -68,7 +67,7 @@ def _sweep_options(function: Callable[..., None]) -> Callable[..., None]:
 @_sweep_options
 def throughput(
     server: Server,
-    items_path: Path,
+    items_path: Path | None,
     tokenizer: Path | None,
     prompts: int | None,
     concurrency: list[int],
@@ -83,10 +82,11 @@ def throughput(
     --baseline-url, measured in turn over concurrency x input x output, several times. A cell that is done is
     kept in the cache and never measured again. A server that fails is named, the others go on, and the
     command exits 6 after all is written. vLLM and SGLang servers that run already are measured alike.
-    """
-    from validation.tasks import load_items
 
-    items = load_items(items_path)
+    With --shape and --baseline-shape the sweep needs no checkpoints: the engine fills configs with dummy
+    weights, and drafts are accepted as often as --synthetic-acceptance says.
+    """
+    items = _items(items_path, shape=own["shape"] is not None)
     if throughput_sweep.asked_for(own):
         if baseline is not None or match is not None:
             raise UsageProblem(
@@ -116,6 +116,18 @@ def throughput(
     if folder is None:
         raise UsageProblem("--url needs --tokenizer", "Give the folder of the model's tokenizer.")
     _single(server, items[: prompts or _PROMPTS], folder, concurrency, output_tokens[0], baseline, match)
+
+
+def _items(path: Path | None, *, shape: bool) -> list[Any]:
+    from validation.tasks import items_from, load_items
+
+    if path is not None:
+        return load_items(path)
+    if not shape:
+        raise click.UsageError("Missing option '--items'.")
+    from packager.nano.language import heldout_items
+
+    return items_from(heldout_items(40, 0))
 
 
 def _single(
