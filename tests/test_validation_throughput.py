@@ -33,8 +33,8 @@ import json, pathlib
 HERE = pathlib.Path(__file__).parent
 def add_cli_args(parser):
     for name in ("backend base-url endpoint model served-model-name tokenizer dataset-name dataset-path "
-                 "custom-output-len num-prompts max-concurrency num-warmups seed temperature "
-                 "ready-check-timeout-sec percentile-metrics metric-percentiles result-dir result-filename").split():
+                 "custom-output-len num-prompts max-concurrency num-warmups seed temperature result-dir "
+                 "ready-check-timeout-sec percentile-metrics metric-percentiles result-filename").split():
         parser.add_argument("--" + name, required=True)
     for name in ("disable-shuffle disable-tqdm save-result save-detailed skip-chat-template "
                  "ignore-eos").split():
@@ -74,6 +74,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").touch()
     (folder / "vllm/benchmarks/serve.py").write_text(STAND_IN)
+    (folder / "vllm/plugins.py").write_text("def load_general_plugins():\n    pass\n")
     (folder / "vllm/utils/argparse_utils.py").write_text(
         "from argparse import ArgumentParser as FlexibleArgumentParser\n"
     )

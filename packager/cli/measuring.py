@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class Server:
     as_json: bool
     folder: Path | None = None
     """What is served for it; None: a server that runs."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """As `served_options` gave them."""
 
 
 def server_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -40,7 +42,7 @@ def server_options(function: Callable[..., None]) -> Callable[..., None]:
     def packed(label: str, cache: Path, out: Path | None, as_json: bool, **own: Any) -> None:
         chosen = {name: own.pop(name) for name in where()}
         with serving(chosen, label=label, cache=cache) as target:
-            function(Server(target, out, as_json, chosen["serve"]), **own)
+            function(Server(target, out, as_json, chosen["serve"], chosen), **own)
 
     shared = [
         *served_options(),

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from packager.cli import options, validate_verdict
+from packager.cli import validate_verdict
 from packager.cli.measuring import (
     EXISTING_FILE,
     Server,
@@ -29,6 +29,7 @@ from packager.cli.validate_records import Records, print_grid, record_options, w
 from packager.cli.validate_report import ruler_plan, schema
 from packager.cli.validate_served import served_options
 from packager.cli.validate_structure import structure
+from packager.cli.validate_throughput import throughput
 from packager.errors import GateFailed
 
 
@@ -42,7 +43,17 @@ def command() -> None:
     """
 
 
-for _verb in (benchmark, claims, healthbench, medaibench, medbench, ruler_plan, schema, structure):
+for _verb in (
+    benchmark,
+    claims,
+    healthbench,
+    medaibench,
+    medbench,
+    ruler_plan,
+    schema,
+    structure,
+    throughput,
+):
     command.add_command(_verb)
 
 
@@ -281,76 +292,3 @@ def context(
         ["length", "tokens", "records", "refused", "found %", "95 % interval", "change, points"], rows
     )
     print_grid(run)
-
-
-@command.command()
-@server_options
-@click.option(
-    "--items",
-    "items_path",
-    type=EXISTING_FILE,
-    required=True,
-    help="JSONL whose conversations are the prompts.",
-)
-@click.option(
-    "--tokenizer",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="Folder with the model's tokenizer.",
-)
-@click.option("--prompts", type=click.IntRange(min=1), default=64, show_default=True, help="First N items.")
-@click.option(
-    "--concurrency",
-    default="1,8",
-    show_default=True,
-    callback=options.numbers,
-    help="Requests in flight, by commas.",
-)
-@click.option("--output-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--baseline", type=EXISTING_FILE, help="Run of the baseline (its --out) to take the ratio to.")
-@click.option(
-    "--match", type=EXISTING_FILE, help="Give each answer as many tokens as in this run (its --out)."
-)
-def throughput(
-    server: Server,
-    items_path: Path,
-    tokenizer: Path,
-    prompts: int,
-    concurrency: list[int],
-    output_tokens: int,
-    baseline: Path | None,
-    match: Path | None,
-) -> None:
-    """Tokens a second and latencies under load, through `vllm bench serve`."""
-    from validation.tasks import load_items
-    from validation.throughput import ThroughputRun, compare_throughput, measure_throughput
-
-    base = read_run(ThroughputRun, baseline) if baseline is not None else None
-    run = measure_throughput(
-        server.target,
-        tokenizer=tokenizer,
-        prompts=load_items(items_path)[:prompts],
-        concurrency=concurrency,
-        output_tokens=output_tokens,
-        match=read_run(ThroughputRun, match) if match is not None else None,
-    )
-    write_run(run, server.out)
-    ratios = compare_throughput(base, run) if base is not None else []
-    if server.as_json:
-        emit(run=run, ratios=ratios)
-        return
-    by_level = {r.concurrency: f"{r.ratio:.2f}" for r in ratios}
-    header = ["concurrency", "tokens/s", "TTFT ms", "TPOT ms", "TPOT p99", "acceptance length", "ratio"]
-    rows = [
-        [
-            c.concurrency,
-            f"{c.output_tokens_per_s:.0f}",
-            f"{c.ttft_ms.median:.1f}",
-            f"{c.tpot_ms.median:.1f}",
-            f"{c.tpot_ms.p99:.1f}",
-            "–" if c.acceptance is None else f"{c.acceptance.length:.2f}",
-            by_level.get(c.concurrency, "–"),
-        ]
-        for c in run.cells
-    ]
-    print_table(header, rows)
