@@ -6,12 +6,16 @@ is the same for every step and every sequence (launches, scheduling, sampling): 
 badly add up, which is what engines show between the corners of the roofline. The coefficients are fitted,
 none negative, to the relative error of measured steps. What they say of a cell that was left out of the fit
 is the error one must expect; its spread is the interval of every prediction.
+
+Where the cells are too few or too alike for a fit, `transfer` takes each of them to another card by the
+ratio of the two bounds alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 from pydantic import Field
 
@@ -19,7 +23,7 @@ from validation.document import Document
 from validation.errors import MeasurementError
 from validation.hardware import Card
 from validation.models import ModelShape
-from validation.roofline import Setting, Step, decode_step
+from validation.roofline import Limit, Setting, Step, decode_step
 
 FEATURES = ("weights", "cache", "arithmetic", "links", "step", "sequence")
 """Coefficients in their order: four reciprocals of efficiencies, then seconds a step and a sequence."""
@@ -148,6 +152,93 @@ def predict(
         bound=bound,
         tokens_per_s=gain * concurrency / seconds,
     )
+
+
+class Transfer(Document):
+    """A measured step, said for another card by the ratio of the bounds."""
+
+    label: str
+    concurrency: int
+    context: float
+    measured_s: float
+    """On the card it was measured on."""
+    bound_ratio: float
+    """Bound there over bound here, in time: above 1 the other card is slower."""
+    seconds: float
+    low_s: float
+    high_s: float
+    """What the measured cells' efficiencies leave open; never faster than the bound."""
+    bound: Step
+    """On the other card."""
+    tokens_per_s: float
+    """Of all sequences together."""
+
+
+def transfer(cells: Sequence[Cell], card: Card, *, links: bool = True) -> tuple[Transfer, ...]:
+    """Take measured steps to `card`: as far from the bound there as they were here.
+
+    Three things are not known of the other card, and make the interval. Host time does not scale with the
+    card: one end has the time above the bound stay as it is, in seconds instead of in proportion. Where
+    another limit binds there (an H20 computes seven times slower than an H200 and reads as fast), the
+    efficiency is that of another part of the machine: the other ends have the efficiencies of the cells that
+    this limit bound here, or of all cells if there is none such. And efficiencies scatter: the factor within
+    which nine in ten of them lie of their median widens both sides.
+
+    Args:
+        cells: of one card.
+        links: False if the model is on one card, so that the links' rate is no matter.
+
+    Raises:
+        MeasurementError: no cell, cells of several cards, or a split model and a card without links.
+    """
+    if not cells:
+        raise MeasurementError("no measured cell to predict from")
+    if len({cell.card for cell in cells}) > 1:
+        raise MeasurementError(
+            "the cells were measured on several cards", "Transfer the cells of each card on their own."
+        )
+    if links and not card.link_gb_s and any(cell.setting.tensor > 1 for cell in cells):
+        raise MeasurementError(f"a model split over cards cannot run on {card.name}: its links are not known")
+    efficiencies: dict[Limit, list[float]] = {}
+    for cell in cells:
+        efficiencies.setdefault(cell.bound.limited_by, []).append(cell.bound.seconds / cell.seconds)
+    everything = [value for values in efficiencies.values() for value in values]
+    found = []
+    for cell in cells:
+        here, there = (
+            cell.bound,
+            decode_step(cell.model, card, cell.setting, sequences=cell.concurrency, context=cell.context),
+        )
+        ratio = there.seconds / here.seconds
+        ends = [cell.seconds * ratio, there.seconds + (cell.seconds - here.seconds)]
+        alike = efficiencies.get(there.limited_by, everything)
+        if there.limited_by != here.limited_by:
+            ends += [there.seconds / value for value in (min(alike), max(alike))]
+        off = _spread(alike)
+        gain = cell.setting.draft.acceptance_length if cell.setting.draft else 1.0
+        seconds = max(there.seconds, cell.seconds * ratio)
+        found.append(
+            Transfer(
+                label=cell.label,
+                concurrency=cell.concurrency,
+                context=cell.context,
+                measured_s=cell.seconds,
+                bound_ratio=ratio,
+                seconds=seconds,
+                low_s=max(there.seconds, min(ends) / off),
+                high_s=max(seconds, max(ends) * off),
+                bound=there,
+                tokens_per_s=gain * cell.concurrency / seconds,
+            )
+        )
+    return tuple(found)
+
+
+def _spread(efficiencies: Sequence[float]) -> float:
+    """The factor within which nine in ten lie of their median."""
+    middle = median(efficiencies)
+    off = sorted(abs(math.log(value / middle)) for value in efficiencies)
+    return math.exp(off[min(len(off) - 1, math.ceil(0.9 * len(off)) - 1)])
 
 
 def _features(bound: Step, concurrency: int) -> tuple[float, ...]:
