@@ -97,8 +97,8 @@ class Compared(Document):
     """The row's, or that of the highest bound."""
     roofline_gain: float | None = None
     """Of a draft, by the ratio of the two bounds, experts chosen independently; a ratio of two bounds is no
-    bound. A measured gain lies above it where neighbouring tokens share experts, or where plain decoding stays
-    further below its bound than verification does."""
+    bound. A measured gain lies above it where neighbouring tokens share experts, or where plain decoding
+    stays further below its bound than verification does."""
 
 
 @cache
