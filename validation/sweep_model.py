@@ -16,6 +16,8 @@ from pydantic import Field
 
 from validation.document import Document
 from validation.environment import Environment
+from validation.hardware import Hardware
+from validation.models import ServedModel
 from validation.throughput_cell import Cell
 
 Role = Literal["candidate", "candidate without draft", "baseline", "other"]
@@ -51,6 +53,8 @@ class Variant(Document):
     acceptance: Literal["measured", "synthetic"] | None = None
     """How draft tokens are accepted; None: no draft, or it is not known."""
     synthetic_acceptance_length: float | None = None
+    model: ServedModel | None = None
+    """For bounds and claims; None: they are not known of it."""
 
     @property
     def mark(self) -> str | None:
@@ -185,6 +189,8 @@ class Sweep(Document):
     prompts_digest: str
     """Of the conversations that prompts are made of."""
     environment: Environment
+    hardware: Hardware | None = None
+    """What the servers run on, with its rates; None: not known, then there is no bound."""
     marks: tuple[str, ...] = ()
     """What is not real about it (dummy weights, synthetic acceptance), one a variant; every output shows
     these."""
