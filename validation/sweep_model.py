@@ -8,6 +8,7 @@ that a ratio's interval comes from.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from validation.document import Document
 from validation.environment import Environment
+from validation.errors import ServerUnreachable
 from validation.hardware import Hardware
 from validation.models import ServedModel
 from validation.throughput_cell import Cell
@@ -33,6 +35,18 @@ FailureKind = Literal[
 """`stalled`: no token for the seconds allowed. `died`: the process ended under load, and not for want of
 memory. `not tried`: the variant was given up before this cell."""
 CONFIDENCE = 0.95
+_MEMORY = re.compile(
+    # Python, torch on GPUs and processors, C++, the kernel; then vLLM and SGLang, which count beforehand.
+    r"OutOfMemory|out of memory|MemoryError|not enough memory|std::bad_alloc|Cannot allocate memory|oom-kill"
+    r"|No available memory for the cache blocks|larger than the available KV cache memory"
+    r"|less than desired GPU memory utilization|Not enough memory",
+    re.IGNORECASE,
+)
+
+
+def ran_out_of_memory(log: str) -> bool:
+    """Whether lines of an engine's log say that memory ran out, or would not suffice."""
+    return _MEMORY.search(log) is not None
 
 
 class Variant(Document):
@@ -103,6 +117,14 @@ class Failure(Document):
     message: str
     log_tail: tuple[str, ...] = ()
     """Last lines of the server's log, where the server is ours."""
+
+
+class ServingFailed(ServerUnreachable):
+    """A variant cannot be served, or not any more."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"{failure.kind}: {failure.message}")
+        self.failure = failure
 
 
 class Spanned(Document):

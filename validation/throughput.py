@@ -163,14 +163,15 @@ def measure_throughput(
                     tokenizer,
                     conversations,
                     lengths or [output_tokens] * len(conversations),
-                    lengths is not None,
-                    level,
-                    warmups,
-                    seed,
-                    path,
-                    own,
-                    timeout_s,
+                    exact=lengths is not None,
+                    concurrency=level,
+                    warmups=warmups,
+                    seed=seed,
+                    files=path,
+                    bench=own,
+                    timeout_s=timeout_s,
                 )
+                write_json(path, cell.model_dump(mode="json"))
             cells.append(cell)
     finally:
         if bench is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,26 +84,45 @@ class Cell(Document):
         return self.acceptance.length if self.acceptance is not None else self.reported_acceptance_length
 
 
+class RequestsFailed(MeasurementError):
+    """Requests of a cell were refused or broken off; nothing of it counts."""
+
+
 def run_cell(
     target: Target,
     tokenizer: Path,
     conversations: list[list[dict[str, str]]],
     lengths: Sequence[int],
+    *,
     exact: bool,
     concurrency: int,
     warmups: int,
     seed: int,
-    path: Path,
+    files: Path,
     bench: BenchClient,
     timeout_s: float,
+    watch: Callable[[], None] | None = None,
 ) -> Cell:
+    """Send every conversation once, greedy, `concurrency` at a time.
+
+    Args:
+        tokenizer: folder of the tokenizer and chat template.
+        lengths: most tokens of each answer; with `exact`, how many it has, past its own end.
+        warmups: unmeasured requests before, all with the first conversation.
+        files: the prompts and the benchmark's raw result are left beside this path.
+        watch: see `BenchClient.run`.
+
+    Raises:
+        RequestsFailed: not all requests were answered.
+        MeasurementError: see `BenchClient.run`; or the result cannot be read.
+    """
     base, model = resolve_url(target.url), target.model
     plain = all(len(c) == 1 and c[0]["role"] == "user" for c in conversations)
     texts = [c[0]["content"] for c in conversations] if plain else _rendered(base, model, conversations)
-    dataset = path.with_suffix(".prompts.jsonl")
+    dataset = files.with_suffix(".prompts.jsonl")
     rows = [{"prompt": t, "output_tokens": n} for t, n in zip(texts, lengths, strict=True)]
     dataset.write_text("".join(canonical_json(r) + "\n" for r in rows), encoding="utf-8")
-    raw = path.with_suffix(".raw.json")
+    raw = files.with_suffix(".raw.json")
     raw.unlink(missing_ok=True)
     arguments = [
         *("--backend", "openai", "--base-url", base, "--endpoint", "/v1/completions"),
@@ -119,7 +138,7 @@ def run_cell(
         arguments.append("--skip-chat-template")
     if exact:
         arguments.append("--ignore-eos")
-    bench.run(arguments, timeout_s=timeout_s)
+    bench.run(arguments, timeout_s=timeout_s, watch=watch)
     try:
         result = json.loads(raw.read_bytes())
         cell = _cell(result, concurrency, len(rows))
@@ -129,12 +148,11 @@ def run_cell(
         ) from None
     if cell.failed or cell.completed != len(rows):
         errors = next((str(e) for e in result.get("errors", ()) if e), "it gives no reason")
-        raise MeasurementError(
+        raise RequestsFailed(
             f"{len(rows) - cell.completed} of {len(rows)} requests failed at concurrency {concurrency}: "
             f"{' '.join(errors.split())[-300:]}",
             "See the server's log.",
         )
-    write_json(path, cell.model_dump(mode="json"))
     return cell
 
 
