@@ -29,6 +29,10 @@ FEATURES = ("weights", "cache", "arithmetic", "links", "step", "sequence")
 """Coefficients in their order: four reciprocals of efficiencies, then seconds a step and a sequence."""
 
 
+_HOST = 4
+"""Where those of the host begin."""
+
+
 class Cell(Document):
     """One measured step: so many sequences decoded together at one context."""
 
@@ -138,17 +142,21 @@ def predict(
     """A step on any card, as efficient as the measured ones were on theirs.
 
     Host time a step and a sequence is taken over as it was; where the other machine's host is faster or
-    slower, so is that part.
+    slower, so is that part. What no cell was limited by has no efficiency of its own: the slow end of the
+    interval then counts that part in full, at the worst efficiency that was seen of another.
     """
     bound = decode_step(model, card, setting, sequences=concurrency, context=context)
-    seconds = max(bound.seconds, _apply(calibration.coefficients, _features(bound, concurrency)))
+    parts = _features(bound, concurrency)
+    seconds = max(bound.seconds, _apply(calibration.coefficients, parts))
+    pairs = list(zip(calibration.coefficients, parts, strict=True))[:_HOST]
+    unseen = sum(part for value, part in pairs if value == 0) * max(1.0, *(value for value, _ in pairs))
     spread = sorted(abs(math.log1p(one.error)) for one in calibration.held_out)
     off = math.exp(spread[min(len(spread) - 1, math.ceil(0.9 * (len(spread) + 1)) - 1)])
     gain = setting.draft.acceptance_length if setting.draft else 1.0
     return Prediction(
         seconds=seconds,
         low_s=max(bound.seconds, seconds / off),
-        high_s=seconds * off,
+        high_s=seconds * off + unseen,
         bound=bound,
         tokens_per_s=gain * concurrency / seconds,
     )
@@ -174,7 +182,7 @@ class Transfer(Document):
     """Of all sequences together."""
 
 
-def transfer(cells: Sequence[Cell], card: Card, *, links: bool = True) -> tuple[Transfer, ...]:
+def transfer(cells: Sequence[Cell], card: Card, *, ways: int | None = None) -> tuple[Transfer, ...]:
     """Take measured steps to `card`: as far from the bound there as they were here.
 
     Three things are not known of the other card, and make the interval. Host time does not scale with the
@@ -186,7 +194,7 @@ def transfer(cells: Sequence[Cell], card: Card, *, links: bool = True) -> tuple[
 
     Args:
         cells: of one card.
-        links: False if the model is on one card, so that the links' rate is no matter.
+        ways: cards that the model is split over there; None: as many as here.
 
     Raises:
         MeasurementError: no cell, cells of several cards, or a split model and a card without links.
@@ -197,7 +205,8 @@ def transfer(cells: Sequence[Cell], card: Card, *, links: bool = True) -> tuple[
         raise MeasurementError(
             "the cells were measured on several cards", "Transfer the cells of each card on their own."
         )
-    if links and not card.link_gb_s and any(cell.setting.tensor > 1 for cell in cells):
+    most = ways or max(cell.setting.tensor for cell in cells)
+    if most > 1 and not card.link_gb_s:
         raise MeasurementError(f"a model split over cards cannot run on {card.name}: its links are not known")
     efficiencies: dict[Limit, list[float]] = {}
     for cell in cells:
@@ -205,10 +214,9 @@ def transfer(cells: Sequence[Cell], card: Card, *, links: bool = True) -> tuple[
     everything = [value for values in efficiencies.values() for value in values]
     found = []
     for cell in cells:
-        here, there = (
-            cell.bound,
-            decode_step(cell.model, card, cell.setting, sequences=cell.concurrency, context=cell.context),
-        )
+        setting = cell.setting if ways is None else cell.setting.model_copy(update={"tensor": ways})
+        here = cell.bound
+        there = decode_step(cell.model, card, setting, sequences=cell.concurrency, context=cell.context)
         ratio = there.seconds / here.seconds
         ends = [cell.seconds * ratio, there.seconds + (cell.seconds - here.seconds)]
         alike = efficiencies.get(there.limited_by, everything)

@@ -8,7 +8,7 @@ from statistics import median
 
 from validation.environment import Environment
 from validation.errors import MeasurementError
-from validation.hardware import Hardware, hardware_file
+from validation.hardware import Hardware, hardware_file, measure_here
 from validation.predict import Cell
 from validation.roofline import Draft, Rate, Setting, decode_rate
 from validation.sweep_model import Sweep, SweepCell, Variant
@@ -33,6 +33,16 @@ def known_hardware(environment: Environment) -> Hardware | None:
     if key is None:
         return None
     return Hardware(key=key, count=len(environment.gpus), card=hardware_file().cards[key])
+
+
+def hardware_here(environment: Environment, seconds: float = 1.0) -> Hardware | None:
+    """The present machine: its GPUs by their data sheets, or its processor measured, `seconds` for each rate.
+
+    None: GPUs that are not known. Nothing else may run meanwhile.
+    """
+    if environment.gpus:
+        return known_hardware(environment)
+    return Hardware(key="here", count=1, card=measure_here(seconds))
 
 
 def context_of(cell: SweepCell) -> float:
