@@ -24,7 +24,8 @@ def figures_of(sweep: Sweep) -> list[Measured]:
 
 def models_of(sweep: Sweep) -> Mapping[str, ModelShape]:
     """The sweep's models by the names that claims about it use."""
-    return {one.model.name: one.model.shape for one in sweep.variants if one.model is not None}
+    served = (one.model for one in sweep.variants if one.model is not None)
+    return {one.name: one.shape.model_copy(update={"name": one.name}) for one in served}
 
 
 def _speed(sweep: Sweep, cell: SweepCell) -> Measured | None:
