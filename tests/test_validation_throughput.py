@@ -74,6 +74,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").touch()
     (folder / "vllm/benchmarks/serve.py").write_text(STAND_IN)
+    (folder / "vllm/plugins.py").write_text("def load_general_plugins():\n    pass\n")
     (folder / "vllm/utils/argparse_utils.py").write_text(
         "from argparse import ArgumentParser as FlexibleArgumentParser\n"
     )

@@ -21,8 +21,12 @@ def main() -> None:
 
     from vllm.benchmarks.serve import add_cli_args
     from vllm.benchmarks.serve import main as bench
+    from vllm.plugins import load_general_plugins
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    # A tokenizer's folder may name an architecture that only a plugin knows: without it the benchmark looks
+    # for its config twice, with two seconds in between, in every run.
+    load_general_plugins()
     print(json.dumps({"ok": True}), file=replies, flush=True)
     for line in sys.stdin:
         reply: dict[str, object] = {"ok": True}
