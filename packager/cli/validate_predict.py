@@ -199,6 +199,4 @@ def _print_said(
         bound = by_fit or by_ratio
         click.echo(row + (f"{tokens / bound.bound.seconds:>8,.0f}" if bound else ""))
     if fit is not None:
-        click.echo(
-            "\nfit: efficiencies and host time as measured; ratio: as far from the bound as here"
-        )
+        click.echo("\nfit: efficiencies and host time as measured; ratio: as far from the bound as here")
