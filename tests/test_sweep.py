@@ -28,8 +28,8 @@ from validation.sweep_model import (
     ran_out_of_memory,
 )
 from validation.sweep_prompts import PromptMaker
-from validation.throughput import Cell, Spread
 from validation.tasks import items_from
+from validation.throughput import Cell, Spread
 
 CANDIDATE = Variant(name="moe", role="candidate", subject="a", devices=2)
 PLAIN = Variant(name="moe without draft", role="candidate without draft", subject="b")
