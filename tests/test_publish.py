@@ -345,9 +345,10 @@ def test_the_verb_publish(bundle: Path, stages: Stages, tmp_path: Path) -> None:
         result = CliRunner().invoke(publish_command, [str(bundle), *arguments, "--json"])
         return result.exception or json.loads(result.stdout)
 
-    for target in ("ms://a/b", "oci://host/b", "s3://a", "hf://no-owner", "hf://../..", "dir:"):
+    for target in ("s3://a", "hf://no-owner", "hf://../..", "dir:"):
         assert isinstance(run(target), UsageProblem), target
-    assert "not supported yet" in str(run("ms://a/b"))
+    assert "hf://ORG/NAME or dir:PATH" in run("s3://a").remedy  # type: ignore[attr-defined]
+    assert "does not know --tag" in str(run(f"dir:{tmp_path / 'copy'}", "--tag", "v1"))
     copied = run(f"dir:{tmp_path / 'copy'}", "--key", str(stages.public_key))
     assert isinstance(copied, dict)
     assert Path(copied["path"]).is_dir()

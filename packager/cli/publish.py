@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import click
 from packager.cli import options
 from packager.cli.output import progress
 from packager.errors import UsageProblem
+from packager.publish.targets import SCHEMES, order, parse
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("target", metavar="hf://ORG/NAME|dir:PATH")
+@click.argument("target", metavar="|".join(scheme.form for scheme in SCHEMES.values()))
 @click.option("--tag", help="Tag of the new commit [default: bundle-<first digits of the digest>].")
 @click.option("--private", is_flag=True, help="Make the repository private if it has to be created.")
 @click.option("--key", type=click.Path(path_type=Path), help="Public key to check the signature with first.")
@@ -44,52 +44,23 @@ def command(
 
     The hub's token is the one of `hf auth login` or HF_TOKEN, its address HF_ENDPOINT.
     """
-    scheme, rest = _parse(target)
-    if scheme == "dir":
-        if rehearse:
-            raise UsageProblem("a copy to a directory needs no rehearsal", "Leave --rehearse out.")
-        from packager.publish.directory import copy_bundle
-
-        done: Any = copy_bundle(bundle, Path(rest), public_key=key, progress=progress)
-    elif rehearse:
+    scheme, address = parse(target)
+    wanted = order(scheme, address, bundle, key, tag=tag, private=private)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if rehearse:
+        if not target.startswith("hf://"):
+            raise UsageProblem("only a publication to hf:// can be rehearsed", "Leave --rehearse out.")
         from packager.publish.rehearsal import rehearse as run
 
-        done = run(bundle, rest, hub_dir, download_dir, progress, tag=tag, private=private, public_key=key)
+        done: Any = run(
+            bundle, address, hub_dir, download_dir, progress, tag=tag, private=private, public_key=key
+        )
     else:
-        done = _publish(bundle, rest, tag, private, key, progress)
+        done = scheme.send(wanted, progress)
     document = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(done).items()}
     if as_json:
         click.echo(json.dumps(document))
     else:
         for name, value in document.items():
             click.echo(f"{name:<14} {value}")
-
-
-def _parse(target: str) -> tuple[str, str]:
-    """Scheme and rest of a target. Raises UsageProblem for what cannot be published to."""
-    if target.startswith("dir:") and target != "dir:":
-        return "dir", target.removeprefix("dir:")
-    if target.startswith("hf://"):
-        from packager.publish.hub import check_repo_id
-
-        return "hf", check_repo_id(target.removeprefix("hf://"))
-    if target.startswith(("ms://", "oci://")):
-        raise UsageProblem(
-            f"publishing to {target.split(':')[0]}:// is not supported yet", "Use hf://org/name or dir:PATH."
-        )
-    raise UsageProblem(f"{target} is no target", "Use hf://org/name or dir:PATH.")
-
-
-def _publish(
-    bundle: Path,
-    repo_id: str,
-    tag: str | None,
-    private: bool,
-    key: Path | None,
-    progress: Callable[[str], None],
-) -> Any:
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from packager.publish.hub import publish
-
-    return publish(bundle, repo_id, tag=tag, private=private, public_key=key, progress=progress)

@@ -19,6 +19,8 @@ class Copied:
     """A bundle in another directory."""
 
     path: Path
+    digest: str
+    """Of the bundle: the same wherever it is published."""
     files: int
     bytes: int
 
@@ -48,4 +50,4 @@ def copy_bundle(
                 shutil.copyfile(bundle / name, part / name)
             part.rename(target)
     verified = verify_bundle(target, public_key, progress=progress)
-    return Copied(target, verified.files, verified.bytes)
+    return Copied(target, verified.digest, verified.files, verified.bytes)

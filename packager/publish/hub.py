@@ -38,6 +38,8 @@ class Published:
     """A bundle on a hub."""
 
     repo_id: str
+    digest: str
+    """Of the bundle: the same wherever it is published."""
     revision: str
     """Commit oid of main."""
     tag: str
@@ -191,7 +193,9 @@ class _Transaction:
             self.api.create_tag(self.repo_id, tag=self.tag, revision=main, exist_ok=True)
         url = f"{self.api.endpoint}/{self.repo_id}"
         total = sum(file.size for file in self.files.values())
-        return Published(self.repo_id, main, self.tag, len(self.files), total, url, already)
+        return Published(
+            self.repo_id, self.verified.digest, main, self.tag, len(self.files), total, url, already
+        )
 
     def _replace_main(self, main: str) -> str:
         number = self._pull_request()

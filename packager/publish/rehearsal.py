@@ -22,6 +22,8 @@ class RehearsalResult:
     """What a rehearsal did."""
 
     repo_id: str
+    digest: str
+    """Of the bundle: the same wherever it is published."""
     revision: str
     """Commit oid of main on the loopback hub."""
     tag: str
@@ -72,8 +74,9 @@ def rehearse(
         requests = len(hub.requests)
     verified = verify_bundle(download_to, public_key, progress=progress)
     return RehearsalResult(
-        repo_id, published.revision, published.tag, verified.files, verified.bytes, download_to, requests
-    )
+        repo_id, verified.digest, published.revision, published.tag, verified.files, verified.bytes,
+        download_to, requests,
+    )  # fmt: skip
 
 
 def _free_tag(hub: LoopbackHub, repo_id: str, tag: str | None) -> None:
