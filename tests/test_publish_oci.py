@@ -17,9 +17,12 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny_bundle
+from click.testing import CliRunner
 from faulty_proxy import FAULTS, FaultyProxy
+
 from packager.artifact import read_manifest
 from packager.bundle.verify import verify_bundle
+from packager.cli import packager
 from packager.errors import IntegrityFailure, RemoteFailure, UsageProblem
 from packager.publish import oci
 
@@ -73,18 +76,22 @@ def push(bundle: Path, target: str, **options: object) -> oci.Pushed:
 
 @needs_registry
 def test_a_bundle_goes_to_a_registry_and_back_with_one_digest(
-    registry: str, bundle: Path, tmp_path: Path
+    registry: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed = push(bundle, f"{registry}/org/tiny")
     again = push(bundle, f"{registry}/org/tiny")
     elsewhere = push(bundle, f"{registry}/other/place:v1")
-    assert pushed.bundle == read_manifest(bundle).digest
+    assert pushed.digest == read_manifest(bundle).digest
     assert not pushed.already_there and again.already_there and again.uploaded_bytes == 0
     assert pushed.reference.split("@")[1] == elsewhere.reference.split("@")[1]
 
     folder = oci.pull(f"{registry}/org/tiny:{pushed.tag}", tmp_path, progress=lambda _: None)
-    assert verify_bundle(folder).digest == pushed.bundle
+    assert verify_bundle(folder).digest == pushed.digest
     assert oci.pull(pushed.reference, tmp_path, progress=lambda _: None) == folder
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = CliRunner().invoke(packager, ["verify", f"oci://{registry}/org/tiny:{pushed.tag}", "--json"])
+    assert found.exit_code == 0 and json.loads(found.stdout)["digest"] == pushed.digest
 
     # The manifest is one that other tools read: OCI's, with ModelPack's types and ORAS's titles.
     raw = httpx.get(
@@ -106,7 +113,7 @@ def test_the_stock_oras_client_pulls_what_we_push(
     client = OrasClient(hostname=registry, insecure=True)
     monkeypatch.chdir(tmp_path)  # it writes nowhere else
     client.pull(target=f"{registry}/org/stock:{pushed.tag}", outdir=str(tmp_path / "out"))
-    assert verify_bundle(tmp_path / "out").digest == pushed.bundle
+    assert verify_bundle(tmp_path / "out").digest == pushed.digest
 
 
 @needs_registry
@@ -154,14 +161,12 @@ def test_any_request_may_fail_and_the_tag_is_whole_or_absent(
             sent = [path for method, path, _ in proxy.seen if method == "PATCH"]
             assert len(sent) == len(set(sent))
     folder = oci.pull(f"{registry}/fault/r0:{done.tag}", tmp_path, progress=lambda _: None)
-    assert verify_bundle(folder).digest == done.bundle
+    assert verify_bundle(folder).digest == done.digest
 
 
 @needs_registry
 @pytest.mark.slow
-def test_a_killed_push_leaves_no_tag_and_is_finished_by_the_same_command(
-    registry: str, bundle: Path
-) -> None:
+def test_a_killed_push_leaves_no_tag_and_is_finished_by_the_same_command(registry: str, bundle: Path) -> None:
     proxy = FaultyProxy(registry)
     kills = int(os.environ.get("PACKAGER_KILLS", "3"))
     with proxy.running() as host:
@@ -178,7 +183,9 @@ def test_a_killed_push_leaves_no_tag_and_is_finished_by_the_same_command(
             assert done.already_there == bool(tags.get("tags"))
 
 
-@pytest.mark.parametrize("text", ["tiny", "host/Upper", "host.example/../x", "host.example/a:b:c", "host.example/"])
+@pytest.mark.parametrize(
+    "text", ["tiny", "host/Upper", "host.example/../x", "host.example/a:b:c", "host.example/"]
+)
 def test_what_is_no_reference_is_said(text: str) -> None:
     with pytest.raises(UsageProblem, match="does not name a place"):
         oci.parse_reference(text)

@@ -80,8 +80,8 @@ class Pushed:
     reference: str
     """`HOST/NAME@sha256:…`: what never moves."""
     tag: str
-    bundle: str
-    """The bundle's digest."""
+    digest: str
+    """Of the bundle's manifest: its identity wherever it lies."""
     files: int
     bytes: int
     uploaded_bytes: int
@@ -276,7 +276,7 @@ class _Push:
         return Pushed(
             reference=str(Reference(self.where.host, self.where.name, digest=self.digest)),
             tag=self.where.tag,
-            bundle=self.verified.digest,
+            digest=self.verified.digest,
             files=len(self.files),
             bytes=sum(file.size for file in self.files.values()),
             uploaded_bytes=self.uploaded,
@@ -468,7 +468,9 @@ def _faults(host: str) -> Iterator[None]:
     try:
         yield
     except requests.exceptions.SSLError as err:
-        raise RemoteFailure(f"{host} cannot be trusted: {err}", "Check the name and the certificate.") from None
+        raise RemoteFailure(
+            f"{host} cannot be trusted: {err}", "Check the name and the certificate."
+        ) from None
     except requests.exceptions.RequestException as err:
         raise PassingFault(f"the connection to {host} broke: {_short(err)}", _AGAIN) from None
     except ValueError as err:
@@ -493,4 +495,3 @@ def _asked(reply: requests.Response) -> float:
 
 def _short(err: Exception) -> str:
     return " ".join(str(err).split())[:200] or type(err).__name__
-

@@ -79,8 +79,35 @@ def _to_directory(order: Order, progress: Callable[[str], None]) -> Done:
     return copy_bundle(order.bundle, Path(order.address), public_key=order.public_key, progress=progress)
 
 
+def _registry_address(text: str) -> str:
+    from packager.publish.oci import parse_reference
+
+    return str(parse_reference(text))
+
+
+def _to_registry(order: Order, progress: Callable[[str], None]) -> Done:
+    from packager.publish.oci import push
+
+    return push(order.bundle, order.address, tag=order.tag, public_key=order.public_key, progress=progress)
+
+
+def _to_modelscope(order: Order, progress: Callable[[str], None]) -> Done:
+    from packager.publish.modelscope import publish
+
+    return publish(
+        order.bundle,
+        order.address,
+        tag=order.tag,
+        private=order.private,
+        public_key=order.public_key,
+        progress=progress,
+    )
+
+
 SCHEMES: dict[str, Scheme] = {
     "hf://": Scheme("hf://ORG/NAME", _hub_address, _to_hub, frozenset({"tag", "private"})),
+    "ms://": Scheme("ms://ORG/NAME", _hub_address, _to_modelscope, frozenset({"tag", "private"})),
+    "oci://": Scheme("oci://HOST/NAME[:TAG]", _registry_address, _to_registry, frozenset({"tag"})),
     "dir:": Scheme("dir:PATH", _directory_address, _to_directory),
 }
 
