@@ -27,6 +27,8 @@ from packager.publish.hub import preflight
 if TYPE_CHECKING:
     from modelscope_hub import FileInfo, HubApi
 
+LARGEST_FILE = 100 << 30
+"""Bytes; the hub's stated limit, which its SDK only warns of."""
 _MAIN = "master"
 _KIND = "model"
 _HUB_OWN_FILES = frozenset({".gitattributes"})
@@ -77,6 +79,12 @@ def publish(
         RemoteFailure: the hub refuses, cannot be reached, or holds other bytes than were sent.
     """
     verified = preflight(bundle, public_key, progress)
+    for path, file in local_files(bundle).items():
+        if file.size > LARGEST_FILE:
+            raise BadInput(
+                f"{path} has {file.size / 1e9:.0f} GB; ModelScope takes files of {LARGEST_FILE >> 30} GiB",
+                "Write smaller shards (quantize.shard_bytes in the recipe).",
+            )
     api = _api(endpoint, token)
     attempt = _Transaction(api, bundle, verified, repo_id, tag, private, progress)
     patience = Patience(attempts, wait_s, progress)
