@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 from packager.artifact import MANIFEST_NAME, read_manifest
 from packager.bundle.signature import SIGNATURE_NAME
-from packager.bundle.verify import VerifiedBundle, verify_bundle
+from packager.bundle.verify import VerifiedBundle
 from packager.checkpoint.hub_faults import WRITE_AGAIN, PassingFault, Patience, hub_faults
-from packager.errors import GateFailed, RemoteFailure, UsageProblem
+from packager.errors import RemoteFailure, UsageProblem
+from packager.publish.preflight import Limits, preflight
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -59,36 +60,6 @@ class _File:
     sha256: str
 
 
-def preflight(bundle: Path, public_key: Path | None, progress: Callable[[str], None]) -> VerifiedBundle:
-    """Everything that can be known before the first request.
-
-    Raises:
-        BadInput, IntegrityFailure: as `verify_bundle`.
-        GateFailed: a gate failed or was not measured, and no override is recorded in the bundle.
-        UsageProblem: no licence, or not signed.
-    """
-    found = verify_bundle(bundle, public_key, progress=progress)
-    gates = found.lock.gates
-    if not gates.publishable:
-        reasons = [f"failed: {name}" for name in gates.failed]
-        reasons += [f"not measured: {name}" for name in gates.not_measured]
-        raise GateFailed(
-            f"the evidence in {bundle} does not allow publishing ({gates.outcome})"
-            + "".join(f"\n  {reason}" for reason in reasons),
-            "Improve the model or measure what is missing; or bundle again with "
-            "--override-gates REASON, which the card will show.",
-        )
-    if found.lock.license is None:
-        raise UsageProblem(
-            f"{bundle} has no licence", "Decide it in the recipe (bundle.license) and bundle again."
-        )
-    if found.signer is None:
-        raise UsageProblem(
-            f"{bundle} is not signed", "Bundle again with --key (see `packager keys generate`)."
-        )
-    return found
-
-
 def publish(
     bundle: Path,
     repo_id: str,
@@ -117,7 +88,7 @@ def publish(
     """
     from huggingface_hub import HfApi
 
-    verified = preflight(bundle, public_key, progress)
+    verified = preflight(bundle, public_key, progress, limits=Limits())
     api = HfApi(endpoint=endpoint, token=token)
     transaction = _Transaction(api, bundle, verified, repo_id, tag, private, progress)
     patience = Patience(attempts, wait_s, progress)
