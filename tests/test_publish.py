@@ -221,7 +221,7 @@ def test_a_hub_that_is_not_there_and_a_token_that_may_not_write(bundle: Path, hu
 def test_without_a_token_nothing_is_asked_of_the_hub(
     bundle: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UsageProblem, match="token"):
         publish(bundle, REPO, endpoint=hub.url, progress=silent)
     assert hub.requests == []
@@ -311,7 +311,7 @@ def test_a_bundle_that_is_not_sealed_not_signed_or_not_licensed_is_refused(
             send(tmp_path / name, hub)
     with pytest.raises(BadInput, match="no directory"):
         send(tmp_path / "none", hub)
-    assert hub.requests == []
+    assert {method for method, _ in hub.requests} == {"GET"}
 
 
 def test_gates_that_are_not_passed_stop_a_publication_unless_overridden(
@@ -323,7 +323,7 @@ def test_gates_that_are_not_passed_stop_a_publication_unless_overridden(
     with pytest.raises(GateFailed, match="failed: acceptance length") as caught:
         send(tmp_path / "b", hub)
     assert caught.value.exit_code == 4
-    assert hub.requests == []
+    assert {method for method, _ in hub.requests} == {"GET"}
     stages.bundle(tmp_path / "overridden", override="for testers")
     send(tmp_path / "overridden", hub)
     assert files_of(hub) == expected_files(tmp_path / "overridden")
