@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from packager.checkpoint.hub_faults import PassingFault, Patience, hub_faults
 from packager.errors import RemoteFailure, UsageProblem
 from packager.publish.findings import Finding, refuse, warnings_of
-from packager.publish.hub_checks import HubSettings, HubView, look_at_hub
+from packager.publish.hub_checks import HubSettings, HubView, look_at_hub, xet_usable
 from packager.publish.hub_transaction import (
     LocalFile,
     Prepared,
@@ -164,7 +164,7 @@ def publication(
     total = sum(file.size for file in files.values())
     requests: list[Request] = []
     with _impatient_client(answer_s, requests), _identity(api, repo_id, progress):
-        view = HubView()
+        view = HubView(xet=xet_usable())
         if ask:
             progress(f"asking {api.endpoint} about {repo_id}")
             try:

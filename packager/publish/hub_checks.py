@@ -82,6 +82,13 @@ def look_at_hub(api: HfApi, settings: HubSettings, total_bytes: int) -> HubView:
     return _Look(api, settings, total_bytes).view
 
 
+def xet_usable() -> bool:
+    """The client will send contents by Xet: hf_xet is there and not switched off."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+
+
 def remote_tree(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
     """The files of a revision, by path."""
     from huggingface_hub.hf_api import RepoFile
@@ -94,10 +101,8 @@ class _Look:
     """One look at one hub."""
 
     def __init__(self, api: HfApi, settings: HubSettings, total_bytes: int) -> None:
-        from huggingface_hub import constants
-
         self.api, self.settings, self.total = api, settings, total_bytes
-        self.view = HubView(xet=not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None)
+        self.view = HubView(xet=xet_usable())
         self.owner = settings.repo_id.split("/")[0]
         self.tokens_page = f"{api.endpoint}/settings/tokens"
         if not self.view.xet:
