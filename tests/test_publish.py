@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,84 +101,6 @@ def test_a_newer_bundle_replaces_the_older_one_and_takes_its_stray_files_away(
     with pytest.raises(UsageProblem, match="names another content"):
         send(bundle, hub, tag="v2")
     assert hub.store.resolve(REPO, "main") == second.revision
-
-
-FAULTS: tuple[Fault, ...] = (500, "reset", "lost-reply", "cut-reply")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("fault", FAULTS)
-def test_with_a_fault_at_every_request_in_turn_each_rerun_gets_further_and_main_is_never_half(
-    fault: Fault, bundle: Path, hub: LoopbackHub
-) -> None:
-    whole = expected_files(bundle)
-    struck: set[tuple[str, ...]] = set()
-
-    def main() -> set[str] | None:
-        made = (hub.store.root / "repos" / REPO / "repo.json").exists()
-        return files_of(hub) if made else None
-
-    def strike_once(method: str, path: str) -> Fault | None:
-        # After the merge the same requests are made again, and must be struck again.
-        request = (method, path, "whole" if main() == whole else "before")
-        if request in struck:
-            return None
-        struck.add(request)
-        return fault
-
-    hub.fault = strike_once
-    failures = 0
-    for _ in range(60):
-        try:
-            done = send(bundle, hub)
-            break
-        except RemoteFailure:
-            failures += 1
-            assert main() in (None, {".gitattributes"}, whole), hub.requests[-1]
-    assert files_of(hub) == files_of(hub, done.tag) == whole
-    assert len(struck) > 20
-    assert failures > 10
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("fault", FAULTS)
-def test_after_a_single_fault_at_any_request_one_rerun_completes(
-    fault: Fault, bundle: Path, tmp_path: Path
-) -> None:
-    whole = expected_files(bundle)
-    with LoopbackHub(tmp_path / "count") as hub:
-        send(bundle, hub)
-        total = len(hub.requests)
-    seen: set[str] = set()
-    for at in range(total):
-        with LoopbackHub(tmp_path / f"hub{at}") as hub:
-            hub.fault = nth_request(at, fault)
-            try:
-                send(bundle, hub)
-            except RemoteFailure:
-                seen.add("failed")
-            if (hub.store.root / "repos" / REPO / "repo.json").exists():
-                main = files_of(hub)
-                assert main in ({".gitattributes"}, whole), f"request {at}: {hub.requests[at]}"
-                seen.add("whole" if main == whole else "before")
-            done = send(bundle, hub)
-            assert files_of(hub) == files_of(hub, done.tag) == whole
-        shutil.rmtree(tmp_path / f"hub{at}")
-    assert seen == {"failed", "whole", "before"}
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's own retries, without the seconds between them."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-
-
-def nth_request(number: int, fault: Fault) -> Callable[[str, str], Fault | None]:
-    """A fault at one request only, counted from 0."""
-    seen = iter(range(10**6))
-    return lambda *_: fault if next(seen) == number else None
 
 
 def test_passing_faults_are_met_with_another_try(bundle: Path, hub: LoopbackHub) -> None:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from packager.publish.hub import Patiently, Request, publication
 from packager.publish.hub_checks import remote_tree
-from packager.publish.hub_transaction import DEPRECATED, HUB_OWN_FILES, Prepared, differences
+from packager.publish.hub_transaction import (
+    DEPRECATED,
+    HUB_OWN_FILES,
+    Prepared,
+    differences,
+    title_of,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -171,14 +177,20 @@ def _calls(api: HfApi, prepared: Prepared, patiently: Patiently) -> list[Call]:
 def _replacing_main(api: HfApi, prepared: Prepared, base: str) -> list[Call]:
     view, repo = prepared.view, prepared.settings.repo_id
     number, there, unknown = "{N}", view.tree, True
+    closed = []
+    title, any_title = (title_of(prepared.verified.digest, main) for main in (view.head or "", ""))
     if view.exists:
         for found in api.get_repo_discussions(repo, discussion_type="pull_request"):
-            if found.title == prepared.title and found.status in ("draft", "open"):
+            if found.status not in ("draft", "open") or not found.title.startswith(any_title):
+                continue
+            if found.title == title:
                 number, unknown = str(found.num), False
                 there = remote_tree(api, repo, f"refs/pr/{number}")
-                break
+            else:
+                path = f"{base}/discussions/{found.num}/status"
+                closed.append(Call("POST", path, "close one that began at an older main"))
     request, branch = f"{base}/discussions/{number}", f"refs%2Fpr%2F{number}"
-    calls = [Call("GET", f"{base}/discussions", "a pull request left by an earlier attempt")]
+    calls = [Call("GET", f"{base}/discussions", "a pull request left by an earlier attempt"), *closed]
     if unknown:
         calls += [
             Call("POST", f"{base}/discussions", "open a draft pull request"),

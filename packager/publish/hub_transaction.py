@@ -82,10 +82,13 @@ class Prepared:
     view: HubView
     warnings: tuple[str, ...]
 
-    @property
-    def title(self) -> str:
-        """Of the pull request, by which a later attempt finds it."""
-        return f"Publish bundle {short_digest(self.verified.digest)}"
+
+def title_of(digest: str, main: str = "") -> str:
+    """Of the pull request, by which a later attempt finds it: the bundle, and the commit of main it is for.
+
+    One that began at an older main cannot take away what main gained since.
+    """
+    return f"Publish bundle {short_digest(digest)} onto {main[:12]}"
 
 
 def short_digest(digest: str) -> str:
@@ -127,7 +130,7 @@ class Transaction:
     def __init__(self, api: HfApi, prepared: Prepared, progress: Callable[[str], None]) -> None:
         self.api, self.progress = api, progress
         self.settings, self.repo_id = prepared.settings, prepared.settings.repo_id
-        self.files, self.title = prepared.files, prepared.title
+        self.files = prepared.files
         self.in_collections = prepared.view.in_collections
         self.digest, self.warnings = prepared.verified.digest, prepared.warnings
 
@@ -182,7 +185,7 @@ class Transaction:
         return info
 
     def _replace_main(self, main: str) -> str:
-        number = self._pull_request()
+        number = self._pull_request(main)
         branch = f"refs/pr/{number}"
         self._upload(branch, number)
         different = differences(self.files, remote_tree(self.api, self.repo_id, branch))
@@ -205,13 +208,22 @@ class Transaction:
             )
         return self._head("main")
 
-    def _pull_request(self) -> int:
+    def _pull_request(self, main: str) -> int:
         found = self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request")
-        for discussion in found:
-            if discussion.title == self.title and discussion.status in ("draft", "open"):
-                return discussion.num
+        usable, title = None, title_of(self.digest, main)
+        for discussion in list(found):
+            if discussion.status not in ("draft", "open"):
+                continue
+            if discussion.title == title:
+                usable = discussion.num
+            elif discussion.title.startswith(title_of(self.digest)):
+                self.api.change_discussion_status(
+                    self.repo_id, discussion.num, "closed", comment=f"main is at {main} now."
+                )
+        if usable is not None:
+            return usable
         description = f"Bundle {self.digest}; see bundle.lock."
-        return self.api.create_pull_request(self.repo_id, title=self.title, description=description).num
+        return self.api.create_pull_request(self.repo_id, title=title, description=description).num
 
     def _upload(self, branch: str, number: int) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -243,7 +255,7 @@ class Transaction:
         self.api.create_commit(
             self.repo_id,
             [*additions, *(CommitOperationDelete(path, is_folder=False) for path in stray)],
-            commit_message=self.title,
+            commit_message=f"Publish bundle {short_digest(self.digest)}",
             revision=branch,
             parent_commit=head,
         )
