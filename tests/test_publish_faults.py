@@ -51,6 +51,8 @@ def _quick_client() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Longer than the client waits here; hf_xet has time limits of its own, of minutes.
+        patch.setattr("packager.publish.hub_http.STALL_S", 0.4)
         yield
     set_client_factory(before)
 

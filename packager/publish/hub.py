@@ -235,11 +235,17 @@ def _impatient_client(answer_s: float, requests: list[Request]) -> Iterator[None
 
     before = _http._GLOBAL_CLIENT_FACTORY
 
+    limits = httpx.Timeout(answer_s, connect=min(_CONNECT_S, answer_s), pool=None).as_dict()
+
+    def note(request: httpx.Request) -> None:
+        requests.append(Request(request.method, request.url.raw_path.decode()))
+        # Here and not on the client: many of the client's calls ask for no limit explicitly.
+        asked = request.extensions.get("timeout") or {}
+        request.extensions["timeout"] = limits | {k: v for k, v in asked.items() if v is not None}
+
     def limited() -> httpx.Client:
         client = before()
-        note = [lambda request: requests.append(Request(request.method, request.url.raw_path.decode()))]
-        client.event_hooks = {"request": [*client.event_hooks["request"], *note]}
-        client.timeout = httpx.Timeout(answer_s, connect=min(_CONNECT_S, answer_s), pool=None)
+        client.event_hooks = {"request": [*client.event_hooks["request"], note]}
         return client
 
     set_client_factory(limited)

@@ -64,6 +64,10 @@ FaultHook = Callable[[str, str], Fault | None]
 """Asked at every request with its method and path; may keep it waiting."""
 
 
+STALL_S = 60.0
+"""Seconds after which a connection that is stalled is closed."""
+
+
 class HubServer(ThreadingHTTPServer):
     """Hands every request to `answer`, unless `intercept` names a fault for it."""
 
@@ -141,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Wait until the client, or the hub, gives up."""
         body.drain()
         self.close_connection = True
-        self.connection.settimeout(60)
+        self.connection.settimeout(STALL_S)
         with contextlib.suppress(OSError):
             self.connection.recv(1)
 
