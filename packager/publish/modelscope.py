@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from packager.bundle.verify import VerifiedBundle
 from packager.checkpoint.hub_faults import PassingFault, Patience
 from packager.errors import BadInput, RemoteFailure, UsageProblem
-from packager.publish.files import LocalFile, local_files
-from packager.publish.hub import preflight
+from packager.publish.hub_transaction import LocalFile, local_files
+from packager.publish.preflight import preflight
 
 if TYPE_CHECKING:
     from modelscope_hub import FileInfo, HubApi

@@ -26,8 +26,8 @@ from packager.bundle.signature import SIGNATURE_NAME
 from packager.bundle.verify import VerifiedBundle
 from packager.checkpoint.hub_faults import PassingFault, Patience
 from packager.errors import BadInput, IntegrityFailure, RemoteFailure, UsageProblem
-from packager.publish.files import LocalFile, local_files
-from packager.publish.hub import preflight
+from packager.publish.hub_transaction import LocalFile, local_files
+from packager.publish.preflight import preflight
 
 if TYPE_CHECKING:
     import requests

@@ -5,6 +5,7 @@ A row costs nothing until it is used: the modules that do the work are imported 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,12 @@ class Order:
     """Understood by every scheme."""
     tag: str | None = None
     private: bool = False
+    gated: str | None = None
+    collections: tuple[str, ...] = ()
+    deprecate: str | None = None
+    reason: str | None = None
+    dry_run: bool = False
+    offline: bool = False
 
 
 class Done(Protocol):
@@ -55,16 +62,19 @@ def _hub_address(text: str) -> str:
 
 
 def _to_hub(order: Order, progress: Callable[[str], None]) -> Done:
+    settings: dict[str, Any] = {
+        "tag": order.tag, "private": order.private, "gated": order.gated, "collections": order.collections,
+        "deprecate": order.deprecate, "reason": order.reason, "public_key": order.public_key,
+    }  # fmt: skip
+    if order.dry_run:
+        from packager.publish.hub_calls import dry_run
+
+        return dry_run(order.bundle, order.address, offline=order.offline, progress=progress, **settings)
+    if order.offline:
+        raise UsageProblem("--offline asks the hub nothing, so nothing can be published", "Add --dry-run.")
     from packager.publish.hub import publish
 
-    return publish(
-        order.bundle,
-        order.address,
-        tag=order.tag,
-        private=order.private,
-        public_key=order.public_key,
-        progress=progress,
-    )
+    return publish(order.bundle, order.address, progress=progress, **settings)
 
 
 def _directory_address(text: str) -> str:
@@ -104,12 +114,18 @@ def _to_modelscope(order: Order, progress: Callable[[str], None]) -> Done:
     )
 
 
+_HUB_SETTINGS = frozenset(
+    {"tag", "private", "gated", "collections", "deprecate", "reason", "dry_run", "offline"}
+)
 SCHEMES: dict[str, Scheme] = {
-    "hf://": Scheme("hf://ORG/NAME", _hub_address, _to_hub, frozenset({"tag", "private"})),
+    "hf://": Scheme("hf://ORG/NAME", _hub_address, _to_hub, _HUB_SETTINGS),
     "ms://": Scheme("ms://ORG/NAME", _hub_address, _to_modelscope, frozenset({"tag", "private"})),
     "oci://": Scheme("oci://HOST/NAME[:TAG]", _registry_address, _to_registry, frozenset({"tag"})),
     "dir:": Scheme("dir:PATH", _directory_address, _to_directory),
 }
+
+
+_OPTION = {"collections": "--collection"}
 
 
 def parse(target: str) -> tuple[Scheme, str]:
@@ -117,7 +133,10 @@ def parse(target: str) -> tuple[Scheme, str]:
     for prefix, scheme in SCHEMES.items():
         if target.startswith(prefix):
             return scheme, scheme.check(target.removeprefix(prefix))
-    raise UsageProblem(f"{target} is no target", f"Use {' or '.join(s.form for s in SCHEMES.values())}.")
+    forms = " or ".join(scheme.form for scheme in SCHEMES.values())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", target):
+        forms = f"hf://{target}, or dir:{target} for a directory"
+    raise UsageProblem(f"{target} is no target", f"Write {forms}.")
 
 
 def order(scheme: Scheme, address: str, bundle: Path, public_key: Path | None, **settings: Any) -> Order:
@@ -125,6 +144,6 @@ def order(scheme: Scheme, address: str, bundle: Path, public_key: Path | None, *
     given = {name: value for name, value in settings.items() if value not in (None, False, ())}
     unknown = sorted(set(given) - scheme.settings)
     if unknown:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
+        options = ", ".join(_OPTION.get(name, f"--{name.replace('_', '-')}") for name in unknown)
         raise UsageProblem(f"{scheme.form} does not know {options}", "Leave it out.")
     return replace(Order(bundle, address, public_key), **given)
