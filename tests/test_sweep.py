@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,7 +113,7 @@ def test_prompts_are_whole_questions_of_about_the_wanted_length(tmp_path: Path) 
     short = maker.prompts(24, 8, 1, 0)
     assert set(short) <= set(texts) and len(set(short)) == 8  # enough of them are that long by themselves
     long = maker.prompts(200, 8, 1, 0)
-    assert all(180 <= maker.count(text) <= 201 for text in long)
+    assert all(195 <= maker.count(text) <= 205 for text in long)
     assert all(any(text.endswith(question) for question in texts) for text in long)
     assert long == PromptMaker(items, CHECKPOINT).prompts(200, 8, 1, 0)
     assert not set(long) & set(maker.prompts(200, 8, 1, 1))  # another repeat, other prompts
@@ -139,19 +139,15 @@ def test_power_is_what_the_driver_says_and_nothing_is_not_zero(
     assert meter.power is not None and meter.power.of == "1 processor, RAPL"
     assert meter.power.watts > 0.1
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!{sys.executable}\nimport time\nprint('0, 300.5\\n1, 99.5\\n2, [N/A]', flush=True)\n"
-                       "time.sleep(60)\n")  # fmt: skip
+    says = "0, 300.5\n1, 99.5\n2, [N/A]"
+    program.write_text(f"#!{sys.executable}\nimport time\nprint({says!r}, flush=True)\ntime.sleep(60)\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     meter = PowerMeter(powercap=tmp_path)
     with meter:
-        for _ in range(500):
-            if len(meter._samples) == 2:
-                break
-            shutil.which("sh")  # any small work: the samples come from another process
-            import time
-
-            time.sleep(0.01)
+        deadline = time.monotonic() + 10
+        while len(meter._samples) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)  # the samples come from another process
     assert meter.power is not None
     assert (meter.power.watts, meter.power.of) == (400.0, "2 GPUs, nvidia-smi")
 
@@ -161,7 +157,7 @@ def test_logs_that_speak_of_memory_are_told_from_others() -> None:
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
         "RuntimeError: [enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes",
         "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
-        "ValueError: Free memory on device (9.1/79.1 GiB) on startup is less than desired GPU memory utilization",
+        "ValueError: Free memory on device (9/79 GiB) is less than desired GPU memory utilization (0.9)",
         "terminate called after throwing an instance of 'std::bad_alloc'",
     ):
         assert ran_out_of_memory(line), line

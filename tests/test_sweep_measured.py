@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import loopback_engine
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from packager.cli import run
 from packager.nano import CHECKPOINT, language
 from packager.release.sweep_variants import own_variant
-from packager.serving import ServeSpec, server
+from packager.serving import Server, ServeSpec, server
 from validation.bench_client import BenchClient
 from validation.endpoint import Target
 from validation.sweep import Plan, ServedVariant, measure_sweep, running_variant
 from validation.sweep_model import Failure, Limits, Sweep
 from validation.tasks import items_from
+from validation.throughput_cell import run_cell
 
 pytestmark = pytest.mark.slow
 
@@ -201,3 +208,115 @@ def test_an_sglang_server_that_runs_already_is_measured_by_its_own_words(bed: Be
     assert sweep.prefix_caching == "as served"
     assert (gone.variant.engine, failed.kind) == ("unknown", "will not start")
     assert "nothing answers at http://127.0.0.1:9" in failed.message
+
+
+def test_goodput_is_counted_as_the_benchmark_counts_it(bed: Bed) -> None:
+    variant = bed.variant("moe", "candidate", "--token-ms", "4")
+    limits = Limits(ttft_ms=40, tpot_ms=8)
+    said: list[float] = []
+
+    class Asking:
+        def run(self, arguments: list[str], **more: Any) -> None:
+            bed.bench.run([*arguments, "--goodput", "ttft:40", "tpot:8"], **more)
+            result = json.loads((bed.folder / "cell.raw.json").read_bytes())
+            said.append(result["request_goodput"] * result["duration"])
+
+    with variant.serve() as serving:
+        cell = run_cell(
+            serving.target,
+            CHECKPOINT,
+            [[{"role": "user", "content": f"question {k} {'x' * k}"}] for k in range(24)],
+            [6] * 24,
+            exact=False,
+            concurrency=8,
+            warmups=0,
+            seed=0,
+            files=bed.folder / "cell.json",
+            bench=Asking(),  # type: ignore[arg-type]
+            timeout_s=60,
+        )
+    good = limits.good(cell)
+    assert good == pytest.approx(said[0]) and good is not None
+    assert cell.e2el_ms is not None and cell.e2el_ms.p95 is not None
+    assert cell.e2el_ms.median <= cell.e2el_ms.p95 <= cell.e2el_ms.p99 <= max(cell.request_e2el_ms)
+
+
+def test_the_command_writes_everything_and_exits_6_if_a_variant_failed(
+    bed: Bed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [bed.variant(name).variant.name for name in ("moe", "dense")]
+    for name in folders:
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(CHECKPOINT / file, bed.folder / name / file)
+        save_file({"w": np.zeros(2, np.float32)}, bed.folder / name / "model.safetensors")
+    items = bed.folder / "items.jsonl"
+    items.write_text("".join(json.dumps(row) + "\n" for row in language.heldout_items(2)))
+    out = bed.folder / "sweep.json"
+    line = ["validate", "throughput", "--items", str(items), "--cache", str(bed.folder / "cache")]
+    line += ["--serve", str(bed.folder / "moe"), "--baseline-serve", str(bed.folder / "dense")]
+    line += ["--input-tokens", "40", "--output-tokens", "6", "--concurrency", "1", "--requests", "2"]
+    line += ["--repeats", "1", "--out", str(out), "--residency", "together"]
+    bed.options["dense"] = ["--fault", "memory-start"]
+    assert run(line) == 6
+    said = capsys.readouterr()
+    assert "1 of 2 cells were not measured\nbaseline, 1 cell: out of memory: the engine died" in said.err
+    assert "  | torch.OutOfMemoryError: CUDA out of memory" in said.err and "Traceback" not in said.err
+    assert "candidate (vllm" in said.out and "40 in, 6 out, 1 at once: out of memory" in said.out
+    first = Sweep.model_validate_json(out.read_bytes())
+    assert [c.measured for c in first.cells] == [True, False] and not first.ratios
+    assert str(bed.folder) not in " ".join(first.variants[0].command)
+    bed.options["dense"] = []
+    assert run([*line, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["sweep"]
+    assert Sweep.model_validate(again).cells[0] == first.cells[0] and len(again["ratios"]) == 1
+    assert bed.starts() == ["moe", "dense", "dense"]
+
+
+@pytest.mark.engine
+def test_a_sweep_that_was_killed_goes_on_without_repeating_a_cell(tmp_path: Path) -> None:
+    """The nano on a real server, as candidate and as baseline, through the command itself."""
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(row) + "\n" for row in language.heldout_items(4)))
+    cache, out = tmp_path / "cache", tmp_path / "sweep.json"
+    cells = 2 * 2 * 2
+
+    def finished() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in cache.glob("sweep-*.json") if p.name.count(".") == 1}
+
+    with Server(ServeSpec(CHECKPOINT), tmp_path / "server.log") as real:
+        line = [sys.executable, "-m", "packager", "validate", "throughput", "--items", str(items)]
+        line += ["--url", real.url, "--subject", "a", "--tokenizer", str(CHECKPOINT)]
+        line += [
+            "--baseline-url",
+            real.url,
+            "--baseline-subject",
+            "b",
+            "--baseline-tokenizer",
+            str(CHECKPOINT),
+        ]
+        line += ["--input-tokens", "48", "--output-tokens", "24", "--concurrency", "1,2", "--repeats", "2"]
+        line += ["--requests", "6", "--cache", str(cache), "--out", str(out)]
+        root = Path(__file__).parents[1]
+        with subprocess.Popen(line, cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as killed:
+            while len(finished()) < 3 and killed.poll() is None:
+                time.sleep(0.01)
+            killed.kill()
+        kept = finished()
+        assert 3 <= len(kept) < cells and not out.exists()
+        resumed = subprocess.run(line, cwd=root, capture_output=True, text=True, check=True)
+    assert resumed.stderr.count("repeat ") == cells - len(kept)
+    assert {name: at for name, at in finished().items() if name in kept} == kept
+    sweep = Sweep.model_validate_json(out.read_bytes())
+    assert len(finished()) == cells and not sweep.failures
+    assert {(v.engine, v.engine_version) for v in sweep.variants} == {("vllm", metadata_version())}
+    assert [(r.concurrency, r.repeats) for r in sweep.ratios] == [(1, 2), (2, 2)]
+    one, other = sweep.cells[:2]
+    for mine, its in zip(one.repeats, other.repeats, strict=True):
+        assert mine.output_lengths == its.output_lengths and mine.input_tokens == its.input_tokens
+
+
+def metadata_version() -> str:
+    """Of the vLLM that is installed, as its server says it."""
+    from vllm import __version__
+
+    return str(__version__)

@@ -89,7 +89,8 @@ class PowerMeter:
         for line in process.stdout:
             index, _, watts = line.partition(",")
             with contextlib.suppress(ValueError):  # [N/A] on cards that do not tell
-                self._samples.setdefault(index.strip(), []).append(float(watts))
+                drawn = float(watts)
+                self._samples.setdefault(index.strip(), []).append(drawn)
 
     def _counters(self) -> dict[Path, int]:
         """Microjoules by package; empty if there are none or we may not read them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from validation.tasks import Item
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_WIDTH = 79
 _LIMITS = ("ttft", "tpot", "e2el")
 
 
@@ -220,22 +222,26 @@ def show(sweep: Sweep) -> None:
             click.echo(f"  {'ABCDEFGH'[k % 8]}  {one} / {other}")
         _print_ratios(sweep, pairs, several)
     for line in _notes(sweep):
-        click.echo(line)
+        click.echo(textwrap.fill(line, _WIDTH, subsequent_indent="  "))
 
 
 def _print_cells(sweep: Sweep, cells: Sequence[SweepCell]) -> None:
     drafted = any(c.acceptance_length for c in cells)
     power = any(c.power_w for c in cells)
-    header = ["in", "out", "at once", "tokens/s", "low – high", "per user", "TTFT ms", "e2e p95"]
-    header += ["good/s"] * (sweep.limits is not None) + ["accept"] * drafted + ["W"] * power
+    header = ["in", "out", "ans", "conc", "tok/s", "range", "/user", "TTFT", "e2e95"]
+    header += ["good"] * (sweep.limits is not None) + ["acc."] * drafted + ["W"] * power
     rows: list[list[object]] = []
+    failed: list[str] = []
     for c in cells:
-        row: list[object] = [c.input_tokens, c.output_tokens, c.concurrency]
+        given = "" if c.answer_tokens is None else f"{c.answer_tokens:.0f}"
+        row: list[object] = [c.input_tokens, c.output_tokens, given, c.concurrency]
         if c.failure is not None:
-            rows.append([*row, c.failure.kind, *[""] * (len(header) - 4)])
+            failed.append(
+                f"  {c.input_tokens} in, {c.output_tokens} out, {c.concurrency} at once: {c.failure.kind}"
+            )
             continue
         speed = c.output_tokens_per_s
-        row += [_figure(speed), "" if speed is None else f"{_short(speed.low)} – {_short(speed.high)}"]
+        row += [_figure(speed), "" if speed is None else f"{_short(speed.low)}–{_short(speed.high)}"]
         ends = [r.e2el_ms.p95 for r in c.repeats if r.e2el_ms is not None and r.e2el_ms.p95 is not None]
         row += [
             _figure(c.per_user),
@@ -245,7 +251,10 @@ def _print_cells(sweep: Sweep, cells: Sequence[SweepCell]) -> None:
         row += [_figure(c.goodput, 2)] * (sweep.limits is not None)
         row += [_figure(c.acceptance_length, 2)] * drafted + [_figure(c.power_w)] * power
         rows.append(row)
-    print_table(header, rows)
+    if rows:
+        print_table(header, rows)
+    for line in failed:
+        click.echo(line)
 
 
 def _print_ratios(sweep: Sweep, pairs: Sequence[tuple[str, str]], several: bool) -> None:
@@ -271,7 +280,11 @@ def _notes(sweep: Sweep) -> list[str]:
         "matched": "Answers end by the first variant's own end; the others give as many tokens.",
         "fixed": "Every answer has the full length, past its own end.",
     }
-    said = ["", f"{lengths[sweep.lengths]} Prompts differ by cell and repeat."]
+    said = ["", lengths[sweep.lengths], "Prompts differ by cell and repeat."]
+    said.append("ans: tokens of a mean answer. conc: requests at once.")
+    said.append("range: lowest and highest repeat. /user: 1000 / TPOT.")
+    said.append("TTFT: median; e2e95: 95th percentile of a whole answer; both in ms.")
+    said.append("acc.: acceptance length. good: requests/s within the limits of --goodput.")
     if sweep.repeats == 1:
         said.append("One repeat: no interval. Give --repeats 3 or more.")
     elif sweep.repeats < 4:
@@ -311,6 +324,8 @@ def _figure(value: Spanned | None, digits: int | None = None) -> str:
 
 
 def _short(value: float) -> str:
+    if value >= 10_000:
+        return f"{value / 1000:.1f}k"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
