@@ -322,8 +322,8 @@ def test_a_config_without_weights_is_enough(tmp_path: Path) -> None:
     done = CliRunner().invoke(command, [str(bare), "--precision", "bf16", "--no-draft"])
     assert done.exit_code == 0, done.output
     assert "computed from config.json" in done.stdout
-    pasted = done.stdout.split("serve with vLLM\n")[1].replace("\\\n", " ")
-    assert shlex.split(pasted)[:3] == ["vllm", "serve", str(bare)]
+    shown = done.stdout.partition("serve with vLLM\n")[2].replace("\\\n", " ").splitlines()[0]
+    assert shlex.split(shown)[:3] == ["vllm", "serve", str(bare)]
 
 
 def test_a_release_that_does_not_fit_names_what_would_hold_it() -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -103,84 +103,6 @@ def test_a_newer_bundle_replaces_the_older_one_and_takes_its_stray_files_away(
     assert hub.store.resolve(REPO, "main") == second.revision
 
 
-FAULTS: tuple[Fault, ...] = (500, "reset", "lost-reply", "cut-reply")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("fault", FAULTS)
-def test_with_a_fault_at_every_request_in_turn_each_rerun_gets_further_and_main_is_never_half(
-    fault: Fault, bundle: Path, hub: LoopbackHub
-) -> None:
-    whole = expected_files(bundle)
-    struck: set[tuple[str, ...]] = set()
-
-    def main() -> set[str] | None:
-        made = (hub.store.root / "repos" / REPO / "repo.json").exists()
-        return files_of(hub) if made else None
-
-    def strike_once(method: str, path: str) -> Fault | None:
-        # After the merge the same requests are made again, and must be struck again.
-        request = (method, path, "whole" if main() == whole else "before")
-        if request in struck:
-            return None
-        struck.add(request)
-        return fault
-
-    hub.fault = strike_once
-    failures = 0
-    for _ in range(60):
-        try:
-            done = send(bundle, hub)
-            break
-        except RemoteFailure:
-            failures += 1
-            assert main() in (None, {".gitattributes"}, whole), hub.requests[-1]
-    assert files_of(hub) == files_of(hub, done.tag) == whole
-    assert len(struck) > 20
-    assert failures > 10
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("fault", FAULTS)
-def test_after_a_single_fault_at_any_request_one_rerun_completes(
-    fault: Fault, bundle: Path, tmp_path: Path
-) -> None:
-    whole = expected_files(bundle)
-    with LoopbackHub(tmp_path / "count") as hub:
-        send(bundle, hub)
-        total = len(hub.requests)
-    seen: set[str] = set()
-    for at in range(total):
-        with LoopbackHub(tmp_path / f"hub{at}") as hub:
-            hub.fault = nth_request(at, fault)
-            try:
-                send(bundle, hub)
-            except RemoteFailure:
-                seen.add("failed")
-            if (hub.store.root / "repos" / REPO / "repo.json").exists():
-                main = files_of(hub)
-                assert main in ({".gitattributes"}, whole), f"request {at}: {hub.requests[at]}"
-                seen.add("whole" if main == whole else "before")
-            done = send(bundle, hub)
-            assert files_of(hub) == files_of(hub, done.tag) == whole
-        shutil.rmtree(tmp_path / f"hub{at}")
-    assert seen == {"failed", "whole", "before"}
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's own retries, without the seconds between them."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-
-
-def nth_request(number: int, fault: Fault) -> Callable[[str, str], Fault | None]:
-    """A fault at one request only, counted from 0."""
-    seen = iter(range(10**6))
-    return lambda *_: fault if next(seen) == number else None
-
-
 def test_passing_faults_are_met_with_another_try(bundle: Path, hub: LoopbackHub) -> None:
     merges = iter([503, "lost-reply"])
 
@@ -221,7 +143,7 @@ def test_a_hub_that_is_not_there_and_a_token_that_may_not_write(bundle: Path, hu
 def test_without_a_token_nothing_is_asked_of_the_hub(
     bundle: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UsageProblem, match="token"):
         publish(bundle, REPO, endpoint=hub.url, progress=silent)
     assert hub.requests == []
@@ -311,7 +233,7 @@ def test_a_bundle_that_is_not_sealed_not_signed_or_not_licensed_is_refused(
             send(tmp_path / name, hub)
     with pytest.raises(BadInput, match="no directory"):
         send(tmp_path / "none", hub)
-    assert hub.requests == []
+    assert {method for method, _ in hub.requests} == {"GET"}
 
 
 def test_gates_that_are_not_passed_stop_a_publication_unless_overridden(
@@ -323,7 +245,7 @@ def test_gates_that_are_not_passed_stop_a_publication_unless_overridden(
     with pytest.raises(GateFailed, match="failed: acceptance length") as caught:
         send(tmp_path / "b", hub)
     assert caught.value.exit_code == 4
-    assert hub.requests == []
+    assert {method for method, _ in hub.requests} == {"GET"}
     stages.bundle(tmp_path / "overridden", override="for testers")
     send(tmp_path / "overridden", hub)
     assert files_of(hub) == expected_files(tmp_path / "overridden")
@@ -345,9 +267,10 @@ def test_the_verb_publish(bundle: Path, stages: Stages, tmp_path: Path) -> None:
         result = CliRunner().invoke(publish_command, [str(bundle), *arguments, "--json"])
         return result.exception or json.loads(result.stdout)
 
-    for target in ("ms://a/b", "oci://host/b", "s3://a", "hf://no-owner", "hf://../..", "dir:"):
+    for target in ("s3://a", "hf://no-owner", "hf://../..", "dir:"):
         assert isinstance(run(target), UsageProblem), target
-    assert "not supported yet" in str(run("ms://a/b"))
+    assert "hf://ORG/NAME or ms://" in run("s3://a").remedy  # type: ignore[attr-defined]
+    assert "does not know --tag" in str(run(f"dir:{tmp_path / 'copy'}", "--tag", "v1"))
     copied = run(f"dir:{tmp_path / 'copy'}", "--key", str(stages.public_key))
     assert isinstance(copied, dict)
     assert Path(copied["path"]).is_dir()

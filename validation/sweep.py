@@ -240,7 +240,7 @@ class _Sweeper:
     ) -> str:
         identity = {
             "tool": "vllm bench serve, interleaved",
-            "variant": variant.model_dump(mode="json", exclude={"name", "role"}),
+            "variant": variant.model_dump(mode="json", exclude={"name", "role", "model"}),
             "place": list(place),
             "repeat": repeat,
             "texts": digest_of(list(texts)),

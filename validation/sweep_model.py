@@ -18,6 +18,8 @@ from pydantic import Field
 from validation.document import Document
 from validation.environment import Environment
 from validation.errors import ServerUnreachable
+from validation.hardware import Hardware
+from validation.models import ServedModel
 from validation.throughput_cell import Cell
 
 Role = Literal["candidate", "candidate without draft", "baseline", "other"]
@@ -69,6 +71,8 @@ class Variant(Document):
     """What else is not as in service, each in a few words; part of the mark."""
     notes: tuple[str, ...] = ()
     """What a reader must know of this variant, in sentences."""
+    model: ServedModel | None = None
+    """For bounds and claims; None: they are not known of it."""
 
     @property
     def mark(self) -> str | None:
@@ -212,6 +216,8 @@ class Sweep(Document):
     prompts_digest: str
     """Of the conversations that prompts are made of."""
     environment: Environment
+    hardware: Hardware | None = None
+    """What the servers run on, with its rates; None: not known, then there is no bound."""
     marks: tuple[str, ...] = ()
     """What is not real about it (dummy weights, synthetic acceptance), one a variant; every output shows
     these."""

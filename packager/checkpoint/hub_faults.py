@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import random
+import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from packager.errors import RemoteFailure, UsageProblem
 
@@ -92,6 +96,7 @@ def hub_faults(repo: str, endpoint: str, *, writing: bool = False) -> Iterator[N
         HFValidationError,
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
+        OIDCError,
         RepositoryNotFoundError,
     )
 
@@ -101,6 +106,11 @@ def hub_faults(repo: str, endpoint: str, *, writing: bool = False) -> Iterator[N
     except LocalTokenNotFoundError:
         raise UsageProblem(
             "there is no hub token", "Run `hf auth login`, or set HF_TOKEN to a token that may write."
+        ) from None
+    except OIDCError as err:
+        raise UsageProblem(
+            f"no token for this CI job's identity: {str(err).splitlines()[0]}",
+            "Give the job `permissions: id-token: write`, or HF_TOKEN from its secrets.",
         ) from None
     except OfflineModeIsEnabled:
         raise UsageProblem("the hub client is switched off by HF_HUB_OFFLINE", "Unset it.") from None
@@ -121,7 +131,9 @@ def hub_faults(repo: str, endpoint: str, *, writing: bool = False) -> Iterator[N
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as err:
         raise UsageProblem(f"{endpoint} is no address of a hub: {err}", "Correct HF_ENDPOINT.") from None
     except httpx.ConnectError as err:
-        raise PassingFault(f"no hub can be reached at {endpoint}: {err}", again) from None
+        raise _unreachable(err, endpoint, again) from None
+    except httpx.TimeoutException as err:
+        raise PassingFault(f"{endpoint} does not answer ({type(err).__name__})", again) from None
     except (httpx.TransportError, ConnectionError, TimeoutError) as err:
         raise PassingFault(
             f"the connection to {endpoint} broke: {err or type(err).__name__}", again
@@ -137,20 +149,73 @@ def hub_faults(repo: str, endpoint: str, *, writing: bool = False) -> Iterator[N
     except json.JSONDecodeError as err:
         # An answer of the API that was cut short does not parse.
         raise PassingFault(f"{endpoint} sent an answer that makes no sense: {err}", again) from None
+    except (ValueError, KeyError) as err:
+        # One that parses and lacks what belongs in it: the client's own words for a malformed upload answer.
+        if not writing:
+            raise
+        raise PassingFault(f"{endpoint} sent an answer that makes no sense: {err!r}", again) from None
+
+
+def _unreachable(err: Exception, endpoint: str, again: str) -> RemoteFailure:
+    """What kept a connection from being made, as far as it can be told."""
+    cause: BaseException | None = err
+    while cause is not None:
+        if isinstance(cause, socket.gaierror):
+            host = urlsplit(endpoint).hostname
+            return PassingFault(
+                f"no address is known for {host} ({cause.strerror})",
+                f"Check the network and HF_ENDPOINT ({endpoint}), then run the same command again.",
+            )
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return RemoteFailure(
+                f"the certificate of {endpoint} is not trusted: {cause.verify_message}",
+                "If a proxy of your organisation stands between, point SSL_CERT_FILE to its certificates.",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return PassingFault(f"no hub can be reached at {endpoint}: {err}", again)
 
 
 def _of_status(err: HfHubHTTPError, repo: str, endpoint: str, writing: bool) -> RemoteFailure:
     status = err.response.status_code if err.response is not None else 0
-    reason = (err.server_message or str(err)).strip().splitlines()[0]
-    message = f"{endpoint} answered {status} for {repo}: {reason}"
+    message = f"{endpoint} answered {status} for {repo}: {_reason(err)}"
     # Two who write at once get a conflict, which the next attempt sees the outcome of.
     if status in (408, 425, 429) or status >= 500 or (writing and status in (409, 412)):
         again = WRITE_AGAIN if writing else _AGAIN
-        return PassingFault(message, again, asked_wait_s=asked_wait_s(err.response.headers))
+        wait = asked_wait_s(err.response.headers)
+        if wait:
+            message += f" (wait {wait:.0f} s)"
+        return PassingFault(message, again, asked_wait_s=wait)
     if status in (401, 403):
         may = "write to" if writing else "read"
         return RemoteFailure(message, f"Run `hf auth login`, or set HF_TOKEN to a token that may {may} it.")
+    if status == 402:
+        return RemoteFailure(
+            message, "The account's storage is used up: take a larger plan or remove something."
+        )
+    if status == 413:
+        return RemoteFailure(
+            message, "A file or the commit is larger than the hub takes: use smaller shards."
+        )
     return RemoteFailure(message, WRITE_AGAIN if writing else "Check the name and the revision.")
+
+
+def _reason(err: HfHubHTTPError) -> str:
+    """What the hub says, in one line; what its status means where it says nothing or sends a web page."""
+    if err.server_message and err.server_message.strip():
+        return str(err.server_message).strip().splitlines()[0]
+    response = err.response
+    if response is not None and "html" in response.headers.get("Content-Type", ""):
+        return f"{_phrase(response.status_code)}, with a web page (maintenance, or a proxy that answers)"
+    own = str(err).strip().splitlines()[0]
+    # Of httpx, which names the address instead of the fault.
+    return _phrase(response.status_code) if " for url " in own else own
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase.lower()
+    except ValueError:
+        return "no reason given"
 
 
 def asked_wait_s(headers: Mapping[str, str]) -> float:

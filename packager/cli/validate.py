@@ -25,6 +25,8 @@ from packager.cli.validate_benchmark import benchmark
 from packager.cli.validate_claims import claims
 from packager.cli.validate_healthbench import healthbench
 from packager.cli.validate_medbench import medaibench, medbench
+from packager.cli.validate_picture import picture
+from packager.cli.validate_predict import predict
 from packager.cli.validate_records import Records, print_grid, record_options, write_long_report
 from packager.cli.validate_report import ruler_plan, schema
 from packager.cli.validate_served import served_options
@@ -54,6 +56,8 @@ for _verb in (
     structure,
     throughput,
 ):
+    command.add_command(_verb)
+for _verb in (picture, predict):
     command.add_command(_verb)
 
 

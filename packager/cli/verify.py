@@ -23,7 +23,7 @@ _LISTED = 20
 
 
 @click.command()
-@click.argument("what", metavar="PATH|hf://REPO@REVISION")
+@click.argument("what", metavar="PATH|hf://…|ms://…|oci://…")
 @click.option("--key", type=click.Path(path_type=Path), help="The publisher's public key (`.pub`).")
 @click.option(
     "--against", metavar="SOURCE", help="Recompute the quantized weights of PATH from this checkpoint."
@@ -58,8 +58,8 @@ def command(
     """Check a bundle, or any sealed artifact, byte by byte.
 
     PATH is a bundle, a download of one (hub cache or --local-dir), or a stage's folder. hf://REPO@REVISION
-    is downloaded into the hub cache first. Without --key the signature's file list is compared, but who made
-    it is not proved.
+    is downloaded into the hub cache first, ms://REPO@REVISION and oci://HOST/NAME:TAG into our own cache.
+    Without --key the signature's file list is compared, but who made it is not proved.
 
     With --against, PATH is any FP8, INT4 or INT8 checkpoint and SOURCE the one it was made from. A second
     implementation, in NumPy, recomputes scales and codes of a sample, or of all weights, and compares every
@@ -102,6 +102,11 @@ def command(
 
 
 def _located(what: str) -> Path:
+    if what.startswith(("ms://", "oci://")):
+        from packager.publish.fetch import fetch
+        from packager.release.served import cache_directory
+
+        return fetch(what, cache_directory(), progress=progress)
     if not what.startswith("hf://"):
         return Path(what)
     from packager.publish.hub import download

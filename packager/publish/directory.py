@@ -11,7 +11,7 @@ from packager.artifact import MANIFEST_NAME, read_manifest, writing
 from packager.bundle.signature import SIGNATURE_NAME
 from packager.bundle.verify import verify_bundle
 from packager.errors import BadInput
-from packager.publish.hub import preflight
+from packager.publish.preflight import preflight
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Copied:
     """A bundle in another directory."""
 
     path: Path
+    digest: str
+    """Of the bundle: the same wherever it is published."""
     files: int
     bytes: int
 
@@ -29,7 +31,7 @@ def copy_bundle(
     """Copy a bundle and verify the copy; it appears under its name only when it is whole.
 
     Raises:
-        As `packager.publish.hub.preflight`.
+        As `packager.publish.preflight.preflight`.
         BadInput: `target` is there and is not this bundle; it cannot be written.
         IntegrityFailure: the copy is not what was sealed.
     """
@@ -48,4 +50,4 @@ def copy_bundle(
                 shutil.copyfile(bundle / name, part / name)
             part.rename(target)
     verified = verify_bundle(target, public_key, progress=progress)
-    return Copied(target, verified.files, verified.bytes)
+    return Copied(target, verified.digest, verified.files, verified.bytes)

@@ -1,90 +1,58 @@
 """Publishing to a hub as one transaction: main changes once, from what it was to the whole bundle.
 
-    preflight  the bundle verifies, its gates passed, it is licensed and signed, the token works
+    preflight  the bundle verifies, its gates passed, it is licensed and signed; the token may write, the tag
+               is free, …: everything that stands in the way is told at once
+    settings   the repository is made, private and gated if asked, before it holds anything
     request    a draft pull request named after the bundle's digest (or the one left by an earlier attempt)
     upload     one commit to refs/pr/N; contents the hub has already are not sent again
     compare    the remote tree against the manifest: every path, size and digest
     merge      the only step that touches main
-    tag        names the commit
+    tag        names the commit; then collections, and the word about the tag whose place it takes
 
 Each step looks first at what the hub has, so the same command run again, after any fault, goes on from there.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from packager.artifact import MANIFEST_NAME, read_manifest
-from packager.bundle.signature import SIGNATURE_NAME
-from packager.bundle.verify import VerifiedBundle, verify_bundle
-from packager.checkpoint.hub_faults import WRITE_AGAIN, PassingFault, Patience, hub_faults
-from packager.errors import GateFailed, RemoteFailure, UsageProblem
+from packager.checkpoint.hub_faults import PassingFault, Patience, hub_faults
+from packager.errors import RemoteFailure, UsageProblem
+from packager.publish.findings import Finding, refuse, warnings_of
+from packager.publish.hub_checks import HubSettings, HubView, look_at_hub, xet_usable
+from packager.publish.hub_transaction import (
+    LocalFile,
+    Prepared,
+    Published,
+    Transaction,
+    differences,
+    local_files,
+    short_digest,
+)
+from packager.publish.preflight import Limits, examine_bundle
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
 
-HUB_OWN_FILES = frozenset({".gitattributes"})
-"""Files that a hub puts into every repository."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """A bundle on a hub."""
-
-    repo_id: str
-    revision: str
-    """Commit oid of main."""
-    tag: str
-    files: int
-    bytes: int
-    url: str
-    already_there: bool
-    """Nothing had to be uploaded or merged."""
+_CONNECT_S = 30.0
+ANSWER_S = 300.0
+"""Seconds without a byte after which a request counts as lost: the client itself would wait for ever."""
 
 
-@dataclass(frozen=True)
-class _File:
-    """A local file as the hub will list it."""
-
-    path: Path
-    size: int
-    sha256: str
+_Answer = TypeVar("_Answer")
 
 
-def preflight(bundle: Path, public_key: Path | None, progress: Callable[[str], None]) -> VerifiedBundle:
-    """Everything that can be known before the first request.
+class Patiently(Protocol):
+    """Runs a step until it succeeds or patience with passing faults ends."""
 
-    Raises:
-        BadInput, IntegrityFailure: as `verify_bundle`.
-        GateFailed: a gate failed or was not measured, and no override is recorded in the bundle.
-        UsageProblem: no licence, or not signed.
-    """
-    found = verify_bundle(bundle, public_key, progress=progress)
-    gates = found.lock.gates
-    if not gates.publishable:
-        reasons = [f"failed: {name}" for name in gates.failed]
-        reasons += [f"not measured: {name}" for name in gates.not_measured]
-        raise GateFailed(
-            f"the evidence in {bundle} does not allow publishing ({gates.outcome})"
-            + "".join(f"\n  {reason}" for reason in reasons),
-            "Improve the model or measure what is missing; or bundle again with "
-            "--override-gates REASON, which the card will show.",
-        )
-    if found.lock.license is None:
-        raise UsageProblem(
-            f"{bundle} has no licence", "Decide it in the recipe (bundle.license) and bundle again."
-        )
-    if found.signer is None:
-        raise UsageProblem(
-            f"{bundle} is not signed", "Bundle again with --key (see `packager keys generate`)."
-        )
-    return found
+    def __call__(self, step: Callable[[], _Answer]) -> _Answer:
+        """Its answer."""
 
 
 def publish(
@@ -95,42 +63,133 @@ def publish(
     token: str | None = None,
     tag: str | None = None,
     private: bool = False,
+    gated: str | None = None,
+    collections: tuple[str, ...] = (),
+    deprecate: str | None = None,
+    reason: str | None = None,
     public_key: Path | None = None,
     attempts: int = 4,
     wait_s: float = 2.0,
+    answer_s: float = ANSWER_S,
     progress: Callable[[str], None],
 ) -> Published:
     """Publish a verified bundle to `repo_id` on a hub.
 
     Args:
         endpoint: hub address; None: the client's own (HF_ENDPOINT or huggingface.co).
-        token: None: the token that `hf auth login` or HF_TOKEN provides.
+        token: None: the token that `hf auth login` or HF_TOKEN provides, or one that the hub gives for the
+            identity of a CI job (trusted publishing).
         tag: None: `bundle-<first 12 digits of the digest>`.
+        private: make the repository private if it has to be made.
+        gated: auto or manual: readers have to ask for access; None: as it is.
+        collections: slugs of collections to add the repository to.
+        deprecate: an older tag that this publication takes the place of; `reason`: why.
         attempts: how often a passing fault (5xx, 429, lost connection) is met with another try.
         wait_s: seconds before the second try; doubled before each later one.
+        answer_s: seconds without a byte after which a request counts as lost.
 
     Raises:
-        BadInput, IntegrityFailure, GateFailed, UsageProblem: as `preflight`; a tag that names other content.
+        BadInput, IntegrityFailure, GateFailed, UsageProblem: what stands in the way, all of it at once; a tag
+            that names other content.
         RemoteFailure: the hub refuses, cannot be reached, or holds other bytes than were sent.
+    """
+    with publication(
+        bundle, repo_id, endpoint=endpoint, token=token, tag=tag, private=private, gated=gated,
+        collections=collections, deprecate=deprecate, reason=reason, public_key=public_key, attempts=attempts,
+        wait_s=wait_s, answer_s=answer_s, progress=progress,
+    ) as run:  # fmt: skip
+        return run.patiently(Transaction(run.api, run.prepared, progress).run)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that was made."""
+
+    method: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A publication that may go ahead: the client, what the preflight found, and its patience."""
+
+    api: HfApi
+    prepared: Prepared
+    patiently: Patiently
+    requests: list[Request]
+    """Made so far."""
+
+
+@contextmanager
+def publication(
+    bundle: Path,
+    repo_id: str,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    tag: str | None = None,
+    public_key: Path | None = None,
+    attempts: int = 4,
+    wait_s: float = 2.0,
+    answer_s: float = ANSWER_S,
+    ask: bool = True,
+    progress: Callable[[str], None],
+    **settings: object,
+) -> Iterator[Publication]:
+    """The preflight; inside `with` the client has time limits, and in CI perhaps a token for its identity.
+
+    Args:
+        ask: False: the hub is asked nothing.
+
+    Raises:
+        As `publish`.
     """
     from huggingface_hub import HfApi
 
-    verified = preflight(bundle, public_key, progress)
+    local, findings = examine_bundle(bundle, public_key, progress, limits=Limits())
+    tag = tag or f"bundle-{short_digest(local.digest)}"
+    wanted = HubSettings(check_repo_id(repo_id), tag, **settings)  # type: ignore[arg-type]
+    files = local_files(bundle)
     api = HfApi(endpoint=endpoint, token=token)
-    transaction = _Transaction(api, bundle, verified, repo_id, tag, private, progress)
-    patience = Patience(attempts, wait_s, progress)
-    while True:
-        try:
-            with hub_faults(repo_id, api.endpoint, writing=True):
-                return transaction.run()
-        except PassingFault as fault:
-            patience.wait(fault)
+
+    def patiently(step: Callable[[], _Answer]) -> _Answer:
+        patience = Patience(attempts, wait_s, progress)
+        while True:
+            try:
+                with hub_faults(repo_id, api.endpoint, writing=True):
+                    return step()
+            except PassingFault as fault:
+                patience.wait(fault)
+
+    total = sum(file.size for file in files.values())
+    requests: list[Request] = []
+    with _impatient_client(answer_s, requests), _identity(api, repo_id, progress):
+        view = HubView(xet=xet_usable())
+        if ask:
+            progress(f"asking {api.endpoint} about {repo_id}")
+            try:
+                view = patiently(lambda: look_at_hub(api, wanted, total))
+            except (RemoteFailure, UsageProblem) as err:
+                findings.append(Finding(err.message, err.remedy, type(err)))
+        findings += view.findings
+        if taken := _taken_tag(view, wanted, files):
+            findings.append(taken)
+        refuse(findings, f"{bundle} to {repo_id}")
+        warnings = warnings_of(findings)
+        for line in [*warnings, *(f"the hub does not tell {what}" for what in view.not_told)]:
+            progress(f"note: {line}")
+        yield Publication(api, Prepared(local, files, wanted, view, warnings), patiently, requests)
 
 
 def check_repo_id(text: str) -> str:
     """`text` if it can name a repository with its owner. Raises UsageProblem otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", text, re.ASCII):
         raise UsageProblem(f"{text!r} does not name a repository", "Write hf://organisation/name.")
+    if "--" in text or ".." in text or text.endswith((".git", ".ipynb", ".", "-")):
+        raise UsageProblem(
+            f"a hub takes no repository of the name {text!r}",
+            "Leave out '--' and '..', and '.', '-', '.git' and '.ipynb' at the end.",
+        )
     return text
 
 
@@ -154,137 +213,63 @@ def download(repo_id: str, revision: str | None, *, endpoint: str | None = None)
             ) from err
 
 
-class _Transaction:
-    """One bundle on its way to one repository; `run` may be called again after any fault."""
-
-    def __init__(
-        self,
-        api: HfApi,
-        bundle: Path,
-        verified: VerifiedBundle,
-        repo_id: str,
-        tag: str | None,
-        private: bool,
-        progress: Callable[[str], None],
-    ) -> None:
-        self.api, self.repo_id, self.private, self.progress = api, repo_id, private, progress
-        self.verified = verified
-        short = verified.digest.removeprefix("sha256:")[:12]
-        self.tag = tag or f"bundle-{short}"
-        self.title = f"Publish bundle {short}"
-        self.files = _local_files(bundle)
-
-    def run(self) -> Published:
-        self.api.whoami()
-        self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
-        main = self._head("main")
-        tagged = self._tagged()
-        already = self._differences("main") == []
-        if tagged is not None and (tagged != main or not already):
-            raise UsageProblem(
-                f"the tag {self.tag} of {self.repo_id} names another content (commit {tagged})",
-                "Choose another tag with --tag; a published tag is never moved.",
-            )
-        if not already:
-            main = self._replace_main(main)
-        if tagged is None:
-            self.api.create_tag(self.repo_id, tag=self.tag, revision=main, exist_ok=True)
-        url = f"{self.api.endpoint}/{self.repo_id}"
-        total = sum(file.size for file in self.files.values())
-        return Published(self.repo_id, main, self.tag, len(self.files), total, url, already)
-
-    def _replace_main(self, main: str) -> str:
-        number = self._pull_request()
-        branch = f"refs/pr/{number}"
-        self.progress(f"pull request {number}: uploading")
-        self._upload(branch)
-        different = self._differences(branch)
-        if different:
-            raise PassingFault(
-                f"{self.repo_id} at {branch} is not the bundle:\n  " + "\n  ".join(different), WRITE_AGAIN
-            )
-        self.progress(f"pull request {number}: {len(self.files)} files are there as sealed; merging")
-        if self._head("main") != main:
-            raise PassingFault(f"main of {self.repo_id} changed meanwhile", WRITE_AGAIN)
-        if self.api.get_discussion_details(self.repo_id, number).status == "draft":
-            self.api.change_discussion_status(self.repo_id, number, "open")
-        self.api.merge_pull_request(self.repo_id, number)
-        different = self._differences("main")
-        if different:
-            raise RemoteFailure(
-                f"main of {self.repo_id} is not the bundle after merging:\n  " + "\n  ".join(different),
-                "Somebody else changed main at the same time; look at its history.",
-            )
-        return self._head("main")
-
-    def _pull_request(self) -> int:
-        found = self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request")
-        for discussion in found:
-            if discussion.title == self.title and discussion.status in ("draft", "open"):
-                return discussion.num
-        description = f"Bundle {self.verified.digest}; see bundle.lock."
-        return self.api.create_pull_request(self.repo_id, title=self.title, description=description).num
-
-    def _upload(self, branch: str) -> None:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-        head = self._head(branch)
-        there = self._tree(branch)
-        changed = [p for p, file in self.files.items() if not _same(file, there.get(p))]
-        stray = [p for p in there if p not in self.files and p not in HUB_OWN_FILES]
-        if not changed and not stray:
-            return
-        additions = []
-        for path in changed:
-            addition = CommitOperationAdd(path, self.files[path].path)
-            # The manifest knows the hash already; without it the client would read every file again.
-            addition.upload_info.sha256 = bytes.fromhex(self.files[path].sha256)
-            additions.append(addition)
-        self.api.create_commit(
-            self.repo_id,
-            [*additions, *(CommitOperationDelete(path, is_folder=False) for path in stray)],
-            commit_message=self.title,
-            revision=branch,
-            parent_commit=head,
-        )
-
-    def _head(self, revision: str) -> str:
-        return str(self.api.repo_info(self.repo_id, revision=revision).sha)
-
-    def _tagged(self) -> str | None:
-        tags = self.api.list_repo_refs(self.repo_id).tags
-        named = next((tag for tag in tags if tag.name == self.tag), None)
-        # Resolved through the tag itself: an annotated tag's own object is not the commit.
-        return self._head(self.tag) if named else None
-
-    def _tree(self, revision: str) -> dict[str, RepoFile]:
-        from huggingface_hub.hf_api import RepoFile
-
-        listed = self.api.list_repo_tree(self.repo_id, revision=revision, recursive=True)
-        return {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
-
-    def _differences(self, revision: str) -> list[str]:
-        """How the remote tree differs from the bundle, one line a file; empty: it is the bundle."""
-        there = self._tree(revision)
-        lines = [f"{p}: {'differs' if p in there else 'missing'}" for p in self.files if p not in there
-                 or not _same(self.files[p], there[p])]  # fmt: skip
-        return lines + [f"{p}: stray" for p in there if p not in self.files and p not in HUB_OWN_FILES]
+def _taken_tag(view: HubView, wanted: HubSettings, files: dict[str, LocalFile]) -> Finding | None:
+    if view.tagged is None or (view.tagged == view.head and not differences(files, view.tree)):
+        return None
+    return Finding(
+        f"the tag {wanted.tag} of {wanted.repo_id} names another content (commit {view.tagged})",
+        "Choose another tag with --tag; a published tag is never moved.",
+        UsageProblem,
+    )
 
 
-def _local_files(bundle: Path) -> dict[str, _File]:
-    manifest = read_manifest(bundle)
-    files = {e.path: _File(bundle / e.path, e.size, e.sha256) for e in manifest.files}
-    for name in (MANIFEST_NAME, SIGNATURE_NAME):
-        data = (bundle / name).read_bytes()
-        files[name] = _File(bundle / name, len(data), hashlib.sha256(data).hexdigest())
-    return files
+@contextmanager
+def _impatient_client(answer_s: float, requests: list[Request]) -> Iterator[None]:
+    """The hub client with time limits: its own waits for ever on a connection that has gone silent.
+
+    Every request is noted in `requests`.
+    """
+    import httpx
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+
+    limits = httpx.Timeout(answer_s, connect=min(_CONNECT_S, answer_s), pool=None).as_dict()
+
+    def note(request: httpx.Request) -> None:
+        requests.append(Request(request.method, request.url.raw_path.decode()))
+        # Here and not on the client: many of the client's calls ask for no limit explicitly.
+        asked = request.extensions.get("timeout") or {}
+        request.extensions["timeout"] = limits | {k: v for k, v in asked.items() if v is not None}
+
+    def limited() -> httpx.Client:
+        client = before()
+        client.event_hooks = {"request": [*client.event_hooks["request"], note]}
+        return client
+
+    set_client_factory(limited)
+    try:
+        yield
+    finally:
+        set_client_factory(before)
 
 
-def _same(local: _File, remote: RepoFile | None) -> bool:
-    """Compared by SHA-256 where the hub keeps it (LFS, Xet), else by git's object id of the content."""
-    if remote is None or remote.size != local.size:
-        return False
-    if remote.lfs is not None:
-        return remote.lfs.sha256 == local.sha256
-    data = local.path.read_bytes()
-    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+@contextmanager
+def _identity(api: HfApi, repo_id: str, progress: Callable[[str], None]) -> Iterator[None]:
+    """In a CI job without a token, let the client ask for one with the job's identity (trusted publishing).
+
+    The client does that itself, and again when the token expires, if HF_OIDC_RESOURCE names the repository.
+    """
+    from huggingface_hub import get_token
+
+    able = os.environ.get("HF_OIDC_ID_TOKEN") or os.environ.get("ACTIONS_ID_TOKEN_REQUEST_URL")
+    if api.token or "HF_OIDC_RESOURCE" in os.environ or not able or get_token() is not None:
+        yield
+        return
+    progress(f"no token, but a CI identity: asking {api.endpoint} for one that may write to {repo_id}")
+    os.environ["HF_OIDC_RESOURCE"] = repo_id
+    try:
+        yield
+    finally:
+        os.environ.pop("HF_OIDC_RESOURCE", None)

@@ -5,6 +5,7 @@ Standard library only. Connections are kept alive, bodies may come chunked, cont
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -16,6 +17,7 @@ from io import BytesIO
 from typing import Any, BinaryIO, Literal, cast
 from urllib.parse import parse_qs, quote, urlsplit
 
+from packager.publish.hub_accounts import Account
 from packager.publish.hub_store import HubError
 
 
@@ -31,6 +33,8 @@ class Request:
     body: BinaryIO
     parts: dict[str, str] = field(default_factory=dict)
     """Named parts of the path, unquoted."""
+    account: Account = field(default_factory=Account)
+    """Who asks."""
 
     def json(self) -> Any:
         """The body as JSON. Raises HubError 400."""
@@ -51,12 +55,17 @@ class Reply:
     size: int = 0
 
 
-_Broken = Literal["reset", "lost-reply", "cut-reply", "short-reply", "altered-reply", "no-range"]
+_Broken = Literal["reset", "stall", "lost-reply", "cut-reply", "short-reply", "altered-reply", "no-range"]
 Fault = int | Reply | _Broken
-"""A status or a whole answer to give instead; or: cut the connection before acting; act and send nothing; act
-and send half of the answer, then reset or close; act and change one byte; act as if no range were asked."""
+"""A status or a whole answer to give instead; or: cut the connection before acting; never act nor answer; act
+and send nothing; act and send half of the answer, then reset or close; act and change one byte; act as if no
+range were asked."""
 FaultHook = Callable[[str, str], Fault | None]
 """Asked at every request with its method and path; may keep it waiting."""
+
+
+STALL_S = 60.0
+"""Seconds after which a connection that is stalled is closed."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -112,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         headers = {k.lower(): v for k, v in self.headers.items()}
         body = _Body(self.rfile, headers)
+        if fault == "stall":
+            return self._stall(body)
         if fault == "no-range":
             headers.pop("range", None)
         if isinstance(fault, int):
@@ -129,6 +140,14 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _stall(self, body: _Body) -> None:
+        """Wait until the client, or the hub, gives up."""
+        body.drain()
+        self.close_connection = True
+        self.connection.settimeout(STALL_S)
+        with contextlib.suppress(OSError):
+            self.connection.recv(1)
 
     def _reset(self) -> None:
         """Close with RST: the peer sees a connection reset, not an orderly end."""

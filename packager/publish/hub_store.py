@@ -3,6 +3,7 @@
 DIR/objects/ab/abcd…      file contents by SHA-256
 DIR/cas/                  the store that hf_xet fills
 DIR/repos/org/name/commits/<oid>.json   message, parent and complete tree of a commit
+DIR/collections.json                    collections by slug
 DIR/repos/org/name/repo.json            references and discussions; replaced atomically, so that every
                                         change of the repository happens at one instant or not at all
 """
@@ -16,10 +17,11 @@ import os
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -84,12 +86,15 @@ class Discussion(BaseModel):
     base: str
     """Commit of main from which a pull request starts."""
     merge_commit: str | None = None
+    author: str = "rehearsal"
+    comments: list[str] = []
 
 
 class RepoState(BaseModel):
     """What changes in a repository, as one document."""
 
     private: bool = False
+    gated: Literal[False, "auto", "manual"] = False
     created: str
     refs: dict[str, str]
     """Full reference name to commit oid."""
@@ -117,6 +122,8 @@ class HubStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.xet = XetStore(root / "cas")
+        self.received: Counter[str] = Counter()
+        """Bytes that came by LFS for each SHA-256, whole uploads and others."""
         self._lock = threading.RLock()
         for name in ("objects", "cas", "repos"):
             (root / name).mkdir(parents=True, exist_ok=True)
@@ -147,19 +154,22 @@ class HubStore:
             HubError: 422, the bytes have another SHA-256.
         """
         digest, size = hashlib.sha256(), 0
-        with tempfile.NamedTemporaryFile(dir=self.root / "objects", delete=False) as part:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-                size += len(chunk)
-                part.write(chunk)
-            part.flush()
-            os.fsync(part.fileno())
-        if digest.hexdigest() != sha256:
-            Path(part.name).unlink()
-            raise HubError(422, f"the uploaded bytes do not have SHA-256 {sha256}")
-        target = self.object_path(sha256)
-        target.parent.mkdir(exist_ok=True)
-        Path(part.name).replace(target)
+        with tempfile.TemporaryDirectory(dir=self.root) as scratch:
+            arriving = Path(scratch) / "object"
+            with arriving.open("wb") as part:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    with self._lock:
+                        self.received[sha256] += len(chunk)
+                    part.write(chunk)
+                part.flush()
+                os.fsync(part.fileno())
+            if digest.hexdigest() != sha256:
+                raise HubError(422, f"the uploaded bytes do not have SHA-256 {sha256}")
+            target = self.object_path(sha256)
+            target.parent.mkdir(exist_ok=True)
+            arriving.replace(target)
         return size
 
     def open_object(self, sha256: str, refresh_url: str) -> BinaryIO:
@@ -204,6 +214,25 @@ class HubStore:
             )
             self._write_commit(repo_id, commit)
             self._write_state(repo_id, RepoState(private=private, created=now(), refs={MAIN: commit.oid}))
+
+    def exists(self, repo_id: str) -> bool:
+        """Is there such a repository?"""
+        return (self._directory(repo_id) / "repo.json").is_file()
+
+    def repositories(self) -> list[str]:
+        """`org/name` of every repository."""
+        root = self.root / "repos"
+        return sorted(str(p.parent.relative_to(root)) for p in root.glob("*/*/repo.json"))
+
+    def change_settings(
+        self, repo_id: str, *, gated: Literal[False, "auto", "manual"] | None, private: bool | None
+    ) -> None:
+        """Change what is not None. Raises HubError 404 if there is no such repository."""
+        with self._lock:
+            state = self.state(repo_id)
+            state.gated = state.gated if gated is None else gated
+            state.private = state.private if private is None else private
+            self._write_state(repo_id, state)
 
     def state(self, repo_id: str) -> RepoState:
         """References and discussions of a repository. Raises HubError 404 if there is none."""
@@ -302,7 +331,9 @@ class HubStore:
 
     # ---- discussions and pull requests ----------------------------------------------------------------
 
-    def open_discussion(self, repo_id: str, *, title: str, description: str, pull_request: bool) -> int:
+    def open_discussion(
+        self, repo_id: str, *, title: str, description: str, pull_request: bool, author: str = "rehearsal"
+    ) -> int:
         """Open a discussion, or a draft pull request that starts at main; returns its number."""
         with self._lock:
             state = self.state(repo_id)
@@ -317,6 +348,7 @@ class HubStore:
                     status="draft" if pull_request else "open",
                     created=now(),
                     base=base,
+                    author=author,
                 )
             )
             if pull_request:
@@ -330,6 +362,14 @@ class HubStore:
             if discussion.num == number:
                 return discussion
         raise HubError(404, f"no discussion {number}")
+
+    def add_comment(self, repo_id: str, number: int, text: str) -> Discussion:
+        """A comment on a discussion. Raises HubError 404 if there is none."""
+        with self._lock:
+            state, discussion = self._discussion_in(repo_id, number)
+            discussion.comments.append(text)
+            self._write_state(repo_id, state)
+            return discussion
 
     def set_status(self, repo_id: str, number: int, status: str) -> None:
         """Open (also: publish a draft) or close. Raises HubError 409 for a merged one."""
@@ -369,6 +409,22 @@ class HubStore:
             request.status, request.merge_commit = "merged", commit.oid
             self._write_state(repo_id, state)
             return commit.oid
+
+    # ---- collections ----------------------------------------------------------------------------------
+
+    def collections(self) -> dict[str, Any]:
+        """Slug to title, visibility and items of every collection."""
+        try:
+            found: dict[str, Any] = json.loads((self.root / "collections.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def put_collection(self, slug: str, document: dict[str, Any]) -> None:
+        """Make or replace a collection."""
+        with self._lock:
+            everything = self.collections() | {slug: document}
+            _replace(self.root / "collections.json", json.dumps(everything, indent=1).encode())
 
     # ---- files of the store ---------------------------------------------------------------------------
 

@@ -2,13 +2,15 @@
 
 It exists to rehearse a publication and to test one under faults. It knows model repositories with commits,
 branches, tags, draft pull requests and merges; uploads by git-LFS and by Xet (hf_xet writes into a store on
-this disk); tree listings; downloads with redirect, ETag and byte ranges. The requests and answers are those
-of the client's own source (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`).
+this disk); tree listings; downloads with redirect, ETag and byte ranges; accounts with roles and scopes,
+private and gated repositories, discussions, collections. The requests and answers are those of the client's
+own source (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`, `community.py`, `_oidc.py`).
 
     with LoopbackHub(Path("hub")) as hub:
         HfApi(endpoint=hub.url, token="anything").create_repo("org/name")
 
-Every token is accepted; a request that writes, or that reads a private repository, needs one. With
+Unless accounts are named, every token is accepted and may write; a request that writes, or that reads a
+private repository, needs one. With
 `storage_host` the contents of LFS files come from a second address, as they do from the real hub: by links
 that are signed, that expire, and that a token must not follow.
 """
@@ -16,11 +18,12 @@ that are signed, that expire, and that a token must not follow.
 from __future__ import annotations
 
 import base64
+import fnmatch
 import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,8 +32,10 @@ from urllib.parse import quote, unquote
 import yaml
 
 from packager.errors import UsageProblem
+from packager.publish import hub_community as community
+from packager.publish.hub_accounts import Account, Accounts
 from packager.publish.hub_http import Fault, FaultHook, HubServer, Reply, Request
-from packager.publish.hub_store import MAIN, Commit, Discussion, HubError, HubStore, TreeFile
+from packager.publish.hub_store import Commit, HubError, HubStore, TreeFile
 
 _PAGE = 1000
 _REPO = r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -42,9 +47,16 @@ class LoopbackHub:
     """A hub whose state lies under `storage`; it serves inside `with`, or from start() to stop()."""
 
     def __init__(
-        self, storage: Path, *, port: int = 0, fault: FaultHook | None = None, storage_host: bool = False
+        self,
+        storage: Path,
+        *,
+        port: int = 0,
+        fault: FaultHook | None = None,
+        storage_host: bool = False,
+        accounts: Mapping[str, Account] | None = None,
     ) -> None:
         self.store = HubStore(storage)
+        self.accounts = Accounts(accounts)
         self.fault = fault
         self.requests: list[tuple[str, str]] = []
         """Method and path of every request so far."""
@@ -118,34 +130,40 @@ class LoopbackHub:
     def answer(self, request: Request) -> Reply:
         """Find the route and act. HubError becomes the hub's error answer."""
         try:
-            for method, pattern, action, needs_token in _ROUTES:
+            for method, pattern, action, needs in _ROUTES:
                 match = pattern.fullmatch(request.path)
                 if match and (method == request.method or (method, request.method) == ("GET", "HEAD")):
                     request.parts = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
-                    self._authorise(request, needs_token)
+                    self._authorise(request, needs)
                     return action(self, request)
             raise HubError(404, f"no such address: {request.method} {request.path}")
         except HubError as err:
             headers = {"X-Error-Message": err.message} | ({"X-Error-Code": err.code} if err.code else {})
             return Reply(err.status, {"error": err.message}, headers)
 
-    def _authorise(self, request: Request, needs_token: bool) -> None:
-        if request.headers.get("authorization", "").startswith("Bearer "):
-            return
+    def _authorise(self, request: Request, needs: str) -> None:
+        account = self.accounts.of(request.headers.get("authorization", ""))
         repo = request.parts.get("repo")
-        if needs_token or (repo and self.store.state(repo).private):
-            raise HubError(401, "Invalid username or password.", "RepoNotFound" if repo else "")
-
-    def _whoami(self, _: Request) -> Reply:
-        token = {"displayName": "rehearsal", "role": "write"}
-        auth: dict[str, Any] = {"type": "access_token", "accessToken": token}
-        return Reply(document={"type": "user", "name": "rehearsal", "orgs": [], "auth": auth})
+        private = bool(repo) and self.store.exists(str(repo)) and self.store.state(str(repo)).private
+        if account is None:
+            if needs or private:
+                raise HubError(401, "Invalid username or password.", "RepoNotFound" if repo else "")
+            request.account = Account("", role="read")
+            return
+        request.account = account
+        if repo and private and not account.may_read(repo):
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        if repo and needs == "write" and not account.may_write(repo):
+            raise HubError(403, f"this token may not write to {repo}")
 
     def _create_repo(self, request: Request) -> Reply:
         asked = request.json()
         repo = f"{asked.get('organization') or 'rehearsal'}/{asked['name']}"
         if not re.fullmatch(_REPO, repo) or asked.get("type", "model") != "model":
             raise HubError(400, "only model repositories with a plain name")
+        account = request.account
+        if account.only_repo is not None or not account.may_write(repo):
+            raise HubError(403, f"this token may not make {repo}")
         document = {"url": f"{self.url}/{repo}", "name": repo, "id": repo}
         try:
             self.store.create_repo(repo, private=asked.get("visibility") == "private")
@@ -168,16 +186,23 @@ class LoopbackHub:
 
     def _preupload(self, request: Request) -> Reply:
         tree = self._commit(request).tree
-        files = []
-        for asked in request.json()["files"]:
+        files, patterns, document = [], [], request.json()
+        if ".gitignore" in tree or "gitIgnore" in document:
+            kept = (
+                self.store.object_path(tree[".gitignore"].sha256).read_text if ".gitignore" in tree else str
+            )
+            patterns = str(document.get("gitIgnore") if "gitIgnore" in document else kept()).split()
+        for asked in document["files"]:
             path = str(asked["path"])
             known = tree.get(path)
             oid = None if known is None else known.sha256 if known.lfs else known.blob
             mode = self.store.upload_mode(path, int(asked["size"]))
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignored = any(fnmatch.fnmatch(path, p) or fnmatch.fnmatch(Path(path).name, p) for p in patterns)
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return Reply(document={"files": files})
 
     def _xet_token(self, request: Request) -> Reply:
+        self._check_gate(request)
         self.store.resolve(request.parts["repo"], request.parts["rev"])
         expiry = int(time.time()) + 3600
         cas = self.store.xet.cas_url
@@ -230,7 +255,9 @@ class LoopbackHub:
         title = str(header.get("summary", ""))
         pull_request = None
         if request.query.get("create_pr") == ["1"]:
-            number = self.store.open_discussion(repo, title=title, description="", pull_request=True)
+            number = self.store.open_discussion(
+                repo, title=title, description="", pull_request=True, author=request.account.name
+            )
             revision = f"refs/pr/{number}"
             pull_request = f"{self.url}/{repo}/discussions/{number}"
         oid = self.store.add_commit(
@@ -261,7 +288,7 @@ class LoopbackHub:
                 "author": repo.split("/")[0],
                 "sha": commit.oid,
                 "private": state.private,
-                "gated": False,
+                "gated": state.gated,
                 "disabled": False,
                 "downloads": 0,
                 "likes": 0,
@@ -349,63 +376,16 @@ class LoopbackHub:
         self.store.set_ref(request.parts["repo"], f"refs/heads/{request.parts['rev']}", start)
         return Reply(document={})
 
-    def _discussions(self, request: Request) -> Reply:
-        repo = request.parts["repo"]
-        found = list(reversed(self.store.state(repo).discussions))
-        kind, status = request.query.get("type", ["all"])[0], request.query.get("status", ["all"])[0]
-        if kind != "all":
-            found = [d for d in found if d.is_pull_request == (kind == "pull_request")]
-        if status != "all":
-            found = [d for d in found if (d.status in ("open", "draft")) == (status == "open")]
-        start = 10 * int(request.query.get("p", ["0"])[0])
-        page = [self._discussion_entry(repo, d) for d in found[start : start + 10]]
-        return Reply(document={"count": len(found), "start": start, "discussions": page})
-
-    def _open_discussion(self, request: Request) -> Reply:
-        asked = request.json()
-        number = self.store.open_discussion(
-            request.parts["repo"],
-            title=str(asked["title"]),
-            description=str(asked.get("description", "")),
-            pull_request=bool(asked.get("pullRequest")),
-        )
-        return Reply(document={"num": number, "pullRequest": bool(asked.get("pullRequest"))})
-
-    def _discussion(self, request: Request) -> Reply:
-        repo, number = request.parts["repo"], int(request.parts["num"])
-        discussion = self.store.discussion(repo, number)
-        document = self._discussion_entry(repo, discussion) | {"events": [], "diff": ""}
-        if discussion.is_pull_request:
-            document["changes"] = {"base": MAIN, "mergeCommitId": discussion.merge_commit}
-            document["filesWithConflicts"] = []
-        return Reply(document=document)
-
-    def _discussion_entry(self, repo: str, discussion: Discussion) -> dict[str, Any]:
-        return {
-            "num": discussion.num,
-            "title": discussion.title,
-            "author": {"name": "rehearsal"},
-            "createdAt": discussion.created,
-            "status": discussion.status,
-            "repo": {"name": repo, "type": "model"},
-            "isPullRequest": discussion.is_pull_request,
-        }
-
-    def _set_status(self, request: Request) -> Reply:
-        status = str(request.json()["status"])
-        number = int(request.parts["num"])
-        self.store.set_status(request.parts["repo"], number, status)
-        created = self.store.discussion(request.parts["repo"], number).created
-        event = {"id": f"{number:024x}", "type": "status-change", "createdAt": created}
-        return Reply(document={"newStatus": event | {"data": {"status": status}}})
-
-    def _merge(self, request: Request) -> Reply:
-        oid = self.store.merge(request.parts["repo"], int(request.parts["num"]))
-        return Reply(document={"mergeCommitId": oid})
+    def _check_gate(self, request: Request) -> None:
+        """Of a gated repository only its writers get contents: nobody is ever let in here."""
+        repo, account = request.parts["repo"], request.account
+        if self.store.state(repo).gated and not account.may_write(repo):
+            raise HubError(403 if account.name else 401, f"Access to model {repo} is restricted", "GatedRepo")
 
     def _resolve(self, request: Request) -> Reply:
         repo, path = request.parts["repo"], request.parts["path"]
         commit = self._commit(request)
+        self._check_gate(request)
         file = commit.tree.get(path)
         if file is None:
             raise HubError(404, "Entry not found", "EntryNotFound")
@@ -464,36 +444,50 @@ class LoopbackHub:
 _Action = Callable[[LoopbackHub, Request], Reply]
 
 
-def _route(method: str, pattern: str, action: _Action, *, needs_token: bool = False) -> tuple[
-    str, re.Pattern[str], _Action, bool
-]:  # fmt: skip
-    return method, re.compile(pattern), action, needs_token
+def _route(
+    method: str, pattern: str, action: _Action, needs: str = ""
+) -> tuple[str, re.Pattern[str], _Action, str]:
+    """`needs`: nothing, a token, or one that may write to the repository."""
+    return method, re.compile(pattern), action, needs
 
 
 _NUM = r"/discussions/(?P<num>\d+)"
+_SLUG = r"/api/collections/(?P<slug>[^/]+/[^/]+)"
 _ROUTES = [
-    _route("GET", "/api/whoami-v2", LoopbackHub._whoami, needs_token=True),
+    _route("GET", "/api/whoami-v2", community.whoami, "token"),
+    _route("POST", "/oauth/token", community.exchange_token),
+    _route("GET", "/api/settings/repositories", community.list_storage, "token"),
+    _route(
+        "GET", r"/api/organizations/(?P<org>[^/]+)/settings/repositories", community.list_storage, "token"
+    ),
+    _route("POST", "/api/collections", community.make_collection, "token"),
+    _route("GET", _SLUG, community.read_collection),
+    _route("POST", rf"{_SLUG}/items", community.add_to_collection, "token"),
+    _route("GET", rf"{_API}/auth-check(?P<write>/write)?", community.check_access, "token"),
+    _route("PUT", rf"{_API}/settings", community.change_settings, "write"),
+    _route("GET", rf"{_API}/discussions", community.list_discussions),
+    _route("POST", rf"{_API}/discussions", community.open_discussion, "token"),
+    _route("GET", rf"{_API}{_NUM}", community.read_discussion),
+    _route("POST", rf"{_API}{_NUM}/comment", community.comment, "token"),
+    _route("POST", rf"{_API}{_NUM}/status", community.set_status, "write"),
+    _route("POST", rf"{_API}{_NUM}/merge", community.merge, "write"),
     _route("GET", "/api/xet-token", LoopbackHub._loopback_xet_token),
-    _route("POST", "/api/repos/create", LoopbackHub._create_repo, needs_token=True),
+    _route("POST", "/api/repos/create", LoopbackHub._create_repo, "token"),
     _route("POST", "/api/validate-yaml", LoopbackHub._validate_yaml),
-    _route("POST", rf"{_API}/preupload/{_REV}", LoopbackHub._preupload, needs_token=True),
-    _route("GET", rf"{_API}/xet-(?:read|write)-token/{_REV}", LoopbackHub._xet_token),
-    _route("POST", rf"{_API}/commit/{_REV}", LoopbackHub._create_commit, needs_token=True),
+    _route("POST", rf"{_API}/preupload/{_REV}", LoopbackHub._preupload, "token"),
+    _route("GET", rf"{_API}/xet-read-token/{_REV}", LoopbackHub._xet_token),
+    _route("GET", rf"{_API}/xet-write-token/{_REV}", LoopbackHub._xet_token, "write"),
+    _route("POST", rf"{_API}/commit/{_REV}", LoopbackHub._create_commit, "write"),
     _route("POST", rf"{_API}/paths-info/{_REV}", LoopbackHub._paths_info),
-    _route("POST", rf"{_API}/tag/{_REV}", LoopbackHub._make_tag, needs_token=True),
-    _route("DELETE", rf"{_API}/tag/{_REV}", LoopbackHub._delete_tag, needs_token=True),
-    _route("POST", rf"{_API}/branch/{_REV}", LoopbackHub._make_branch, needs_token=True),
-    _route("GET", rf"{_API}/discussions", LoopbackHub._discussions),
-    _route("POST", rf"{_API}/discussions", LoopbackHub._open_discussion, needs_token=True),
-    _route("GET", rf"{_API}{_NUM}", LoopbackHub._discussion),
-    _route("POST", rf"{_API}{_NUM}/status", LoopbackHub._set_status, needs_token=True),
-    _route("POST", rf"{_API}{_NUM}/merge", LoopbackHub._merge, needs_token=True),
+    _route("POST", rf"{_API}/tag/{_REV}", LoopbackHub._make_tag, "write"),
+    _route("DELETE", rf"{_API}/tag/{_REV}", LoopbackHub._delete_tag, "write"),
+    _route("POST", rf"{_API}/branch/{_REV}", LoopbackHub._make_branch, "write"),
     _route("GET", rf"{_API}/refs", LoopbackHub._refs),
     _route("GET", rf"{_API}/commits/{_REV}", LoopbackHub._commits),
     _route("GET", rf"{_API}/tree/{_REV}(?:/(?P<path>.+))?", LoopbackHub._tree),
     _route("GET", rf"{_API}/revision/{_REV}", LoopbackHub._info),
     _route("GET", _API, LoopbackHub._info),
-    _route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", LoopbackHub._lfs_batch, needs_token=True),
+    _route("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", LoopbackHub._lfs_batch, "write"),
     _route("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", LoopbackHub._lfs_put),
     _route("GET", rf"/{_REPO}/(?:resolve|content)/{_REV}/(?P<path>.+)", LoopbackHub._resolve),
 ]

@@ -39,6 +39,7 @@ def own_variant(
     log: Path,
     spec: Callable[[], ServeSpec] | None = None,
     weights: Literal["real", "dummy"] = "real",
+    dequantized: bool = False,
     startup_timeout_s: float = STARTUP_TIMEOUT_S,
 ) -> ServedVariant:
     """A variant whose server is started when it is first asked something.
@@ -48,9 +49,11 @@ def own_variant(
         subject: digest of what is served, and how.
         spec: what the server is started with, once it is; None: `described`. Prefix caching is off in any
             case.
+        dequantized: the spec expands quantized weights to BF16.
     """
     from packager.serving.cpu import device
     from packager.serving.engine import speculative_config
+    from packager.serving.served_model import served_model
     from validation.sweep import ServedVariant
     from validation.sweep_model import Variant
 
@@ -67,6 +70,7 @@ def own_variant(
         weights=weights,
         acceptance=None if not drafted else "measured" if synthetic is None else "synthetic",
         synthetic_acceptance_length=synthetic,
+        model=served_model(described, dequantized=dequantized),
     )
 
     @contextlib.contextmanager
@@ -128,6 +132,7 @@ def variants_of(
             tokenizer=what.stored.model,
             log=cache / f"serve-{one.replace(' ', '-')}.log",
             spec=lambda what=what: what.spec(say),  # type: ignore[misc]
+            dequantized=bool(what.why_dequantized),
         )
         for one, its_role, what in chosen
     ]

@@ -89,6 +89,28 @@ class ModelShape(Document):
         return self.layers * self.kv_values * value_bytes
 
 
+class ServedModel(Document):
+    """A shape as it is served: what a bound needs besides the hardware."""
+
+    shape: ModelShape
+    precision: Precision
+    """Of the weights that a step reads."""
+    kv_value_bytes: float = Field(default=2.0, gt=0)
+    draft_tokens: int | None = Field(default=None, gt=0)
+    """None: no draft."""
+    draft_weight_bytes: float = Field(default=0.0, ge=0)
+    """All that a draft step reads."""
+    draft_kv_bytes: float = Field(default=0.0, ge=0)
+    """The draft's cache of one token."""
+
+    @property
+    def name(self) -> str:
+        """The published model with the same counts, whatever the folder is called; else the shape's own."""
+        counts = self.shape.model_dump(exclude={"name"})
+        same = (n for n, one in known_models().items() if one.model_dump(exclude={"name"}) == counts)
+        return next(same, self.shape.name)
+
+
 @cache
 def known_models() -> dict[str, ModelShape]:
     """The shapes that come with the package, by name."""
