@@ -6,10 +6,11 @@ import http.client
 import socket
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
+from http.server import BaseHTTPRequestHandler
 from typing import ClassVar, Literal, get_args
+
+from loopback_http import answering
 
 Fault = Literal["error 500", "reset", "truncated", "after"]
 """Answer 500 without asking the server; close the connection without an answer; send half of the server's
@@ -38,19 +39,9 @@ class FaultyProxy:
         self.seen.clear()
         self.faults.clear()
 
-    @contextmanager
-    def running(self) -> Iterator[str]:
+    def running(self) -> AbstractContextManager[str]:
         """`host:port` of the proxy while it runs."""
-        handler = type("Handler", (_Handler,), {"proxy": self})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            server.server_close()
+        return answering(_Handler, proxy=self)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -258,8 +259,38 @@ def test_a_directory_gets_a_whole_copy_once(bundle: Path, stages: Stages, tmp_pa
     assert done.bytes == sum(e.size for e in read_manifest(bundle).files)
     assert {p.name for p in target.parent.iterdir()} == {"copy"}
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(BadInput, match="is not this bundle"):
         copy_bundle(bundle, tmp_path / "mine", progress=silent)
+    (tmp_path / "empty").mkdir()
+    assert copy_bundle(bundle, tmp_path / "empty", progress=silent).digest == done.digest
+
+
+def test_a_copy_goes_on_where_it_stopped_and_is_verified_before_it_gets_its_name(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[str] = []
+    copy = shutil.copyfile
+
+    def until_the_disk_is_full(source: Path, target: Path) -> Path:
+        copied.append(str(source))
+        if len(copied) == 5:
+            raise OSError(errno.ENOSPC, "no space")
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", until_the_disk_is_full)
+    with pytest.raises(BadInput, match="the disk is full"):
+        copy_bundle(bundle, tmp_path / "copy", progress=silent)
+    assert not (tmp_path / "copy").exists()
+    (part,) = tmp_path.glob(".copy.*.part")
+    spoiled = max(part.rglob("*.*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    spoiled.write_bytes(bytes(spoiled.stat().st_size))
+    with pytest.raises(IntegrityFailure, match=spoiled.name):
+        copy_bundle(bundle, tmp_path / "copy", progress=silent)
+    assert not (tmp_path / "copy").exists() and not part.exists()
+    assert len(copied) == len(set(copied)) + 1  # the one that the full disk struck, and no other
+    copy_bundle(bundle, tmp_path / "copy", progress=silent)
+    assert verify_bundle(tmp_path / "copy").digest == digest_of(bundle)
 
 
 def test_the_verb_publish(bundle: Path, stages: Stages, tmp_path: Path) -> None:

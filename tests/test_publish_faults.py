@@ -178,19 +178,26 @@ def test_after_a_kill_at_a_random_moment_main_is_as_before_or_complete_and_a_rer
         "HF_HUB_OFFLINE": "0",
     }
     with LoopbackHub(tmp_path / "clean") as hub:
-        begun = time.monotonic()
         send(bundle, hub)
-        lasts, once = time.monotonic() - begun, stored_bytes(hub)
+        total, once = len(hub.requests), stored_bytes(hub)
     moments = random.Random(20)
     outcomes = []
     for number in range(KILLS):
+        # Spread over the requests, not over the time: most of that is the start of Python.
+        last = int((number + moments.random()) * total / KILLS)
         with LoopbackHub(tmp_path / f"hub{number}") as hub:
-            started = threading.Event()
-            hub.fault = lambda *_, event=started: event.set()
+            reached = threading.Event()
+
+            def note(
+                *_: str, event: threading.Event = reached, hub: LoopbackHub = hub, last: int = last
+            ) -> None:
+                if len(hub.requests) > last:
+                    event.set()
+
+            hub.fault = note
             child = subprocess.Popen([sys.executable, "-c", script, hub.url], env=environment)
-            assert started.wait(60)
-            # One kill at the very end of the range finds the work done, or nearly.
-            time.sleep(moments.uniform(0, 1.5 * lasts))
+            assert reached.wait(60)
+            time.sleep(moments.uniform(0, 0.02))
             child.send_signal(signal.SIGKILL)
             child.wait()
             hub.fault = None
@@ -204,6 +211,7 @@ def test_after_a_kill_at_a_random_moment_main_is_as_before_or_complete_and_a_rer
             assert len(hub.store.state(REPO).discussions) == 1
         shutil.rmtree(tmp_path / f"hub{number}")
     print(f"{transfer}: {KILLS} kills; (exit, main complete, contents there): {sorted(outcomes)}")
+    assert {there for _, _, there in outcomes} == {True, False}
 
 
 def test_a_commit_of_somebody_else_between_comparing_and_merging_is_noticed(

@@ -224,7 +224,7 @@ class Sweep(Document):
 
     def variant(self, name: str) -> Variant:
         """The variant of that name; KeyError if there is none."""
-        return next((v for v in self.variants if v.name == name), None) or _missing(name)
+        return {variant.name: variant for variant in self.variants}[name]
 
     def at(self, variant: str, concurrency: int, input_tokens: int, output_tokens: int) -> SweepCell | None:
         """One cell, if the sweep has it."""
@@ -238,10 +238,6 @@ class Sweep(Document):
     def failures(self) -> tuple[SweepCell, ...]:
         """Cells that were not measured, or not all of their repeats."""
         return tuple(cell for cell in self.cells if cell.failure is not None)
-
-
-def _missing(name: str) -> Variant:
-    raise KeyError(name)
 
 
 def conclude_cell(

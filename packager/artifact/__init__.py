@@ -19,7 +19,7 @@ from packager.artifact.manifest import (
     read_manifest,
     sealed_for,
 )
-from packager.artifact.writer import ArtifactWriter, HashingFile, writing
+from packager.artifact.writer import ArtifactWriter, HashingFile, require_space, writing
 
 __all__ = [
     "JOURNAL_NAME",
@@ -33,6 +33,7 @@ __all__ = [
     "is_sealed",
     "parse_manifest",
     "read_manifest",
+    "require_space",
     "sealed_for",
     "writing",
 ]

@@ -99,13 +99,11 @@ def run_sweep(
     tokenizer: Path | None,
     concurrency: Sequence[int],
     output_tokens: Sequence[int],
-    extra: Sequence[ServedVariant] = (),
 ) -> Sweep:
     """Start what the options name and measure it.
 
     Args:
         own: as `sweep_options` gives them.
-        extra: further variants, after the candidate's and the baseline's.
 
     Raises:
         UsageProblem: options that do not go together.
@@ -113,6 +111,7 @@ def run_sweep(
     """
     from packager.serving.cpu import device
     from validation.sweep import Plan, measure_sweep
+    from validation.sweep_bound import hardware_here
 
     if not own["input_tokens"]:
         raise UsageProblem("a sweep needs input lengths", "Give --input-tokens, such as 128,512.")
@@ -129,7 +128,6 @@ def run_sweep(
             draft_tokens=own["draft_tokens"],
             say=say,
         ),
-        *extra,
     ]
     variants.sort(key=lambda one: one.variant.role == "baseline")  # a candidate leads
     plan = Plan(
@@ -145,7 +143,11 @@ def run_sweep(
         stall_s=own["stall_seconds"],
     )
     _announce(plan, variants, say)
-    return measure_sweep(variants, items, plan, cache=cache, say=say)
+    sweep = measure_sweep(variants, items, plan, cache=cache, say=say)
+    if not all(one.variant.command for one in variants):
+        return sweep  # of a server that ran already it is not known where it runs
+    # Now that the servers are stopped: bounds and pictures need the rates of what they ran on.
+    return sweep.model_copy(update={"hardware": hardware_here(sweep.environment)})
 
 
 def limits_of(text: str | None) -> Limits | None:

@@ -19,6 +19,7 @@ from packager.cli.measuring import (
     server_options,
     write_run,
 )
+from packager.cli.sweep_files import print_sweep_plots, write_sweep_report
 from packager.errors import UsageProblem
 
 _PROMPTS = 64
@@ -64,6 +65,12 @@ def _sweep_options(function: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--match", type=EXISTING_FILE, help="Give each answer as many tokens as in this run (its --out)."
 )
+@click.option("--plot", is_flag=True, help="Draw a sweep in the terminal too.")
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for a page with a sweep's tables and pictures, and each picture as SVG.",
+)
 @_sweep_options
 def throughput(
     server: Server,
@@ -74,6 +81,8 @@ def throughput(
     output_tokens: list[int],
     baseline: Path | None,
     match: Path | None,
+    plot: bool,
+    report: Path | None,
     **own: Any,
 ) -> None:
     """Tokens a second and latencies under load, through `vllm bench serve`.
@@ -102,14 +111,20 @@ def throughput(
             output_tokens=output_tokens,
         )
         write_run(sweep, server.out)
+        if report is not None:
+            write_sweep_report(report, sweep)
         if server.as_json:
             emit(sweep=sweep)
         else:
             throughput_sweep.show(sweep)
+            if plot:
+                print_sweep_plots(sweep)
         failure = throughput_sweep.failed(sweep)
         if failure is not None:
             raise failure
         return
+    if plot or report is not None:
+        raise UsageProblem("--plot and --report draw sweeps", "Give --input-tokens too.")
     if len(output_tokens) != 1:
         raise UsageProblem("several output lengths make a sweep", "Give --input-tokens too.")
     folder = tokenizer or server.folder

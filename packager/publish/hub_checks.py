@@ -120,6 +120,8 @@ class _Look:
             )
             return
         me = self._whoami()
+        if any(found.kind is not None for found in self.view.findings):
+            return  # with a token that the hub does not know, it answers every question so
         self._repository(me)
         self._collections()
         if settings.private:

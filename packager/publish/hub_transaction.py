@@ -120,8 +120,13 @@ def _same(local: LocalFile, remote: RepoFile) -> bool:
         return False
     if remote.lfs is not None:
         return remote.lfs.sha256 == local.sha256
-    data = local.path.read_bytes()
-    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return remote.blob_id == git_oid(local.path)
+
+
+def git_oid(path: Path) -> str:
+    """Git's object id of a small file's content."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 class Transaction:

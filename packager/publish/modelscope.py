@@ -11,7 +11,6 @@ same second is not prevented, but seen by the comparison.
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,14 +20,20 @@ from typing import TYPE_CHECKING, Any
 from packager.bundle.verify import VerifiedBundle
 from packager.checkpoint.hub_faults import PassingFault, Patience
 from packager.errors import BadInput, RemoteFailure, UsageProblem
-from packager.publish.hub_transaction import LocalFile, local_files
-from packager.publish.preflight import preflight
+from packager.publish.hub_transaction import LocalFile, git_oid, local_files, short_digest
+from packager.publish.preflight import Limits, preflight
 
 if TYPE_CHECKING:
     from modelscope_hub import FileInfo, HubApi
 
-LARGEST_FILE = 100 << 30
-"""Bytes; the hub's stated limit, which its SDK only warns of."""
+LIMITS = Limits(
+    name="ModelScope",
+    file_bytes=100 << 30,
+    advised_file_bytes=100 << 30,
+    files_a_folder=50_000,
+    advised_files=100_000,
+)
+"""What the hub states, and its SDK only warns of (modelscope_hub/constants.py)."""
 _MAIN = "master"
 _KIND = "model"
 _HUB_OWN_FILES = frozenset({".gitattributes"})
@@ -78,13 +83,7 @@ def publish(
         BadInput, IntegrityFailure, GateFailed, UsageProblem: as `preflight`; a tag that names other content.
         RemoteFailure: the hub refuses, cannot be reached, or holds other bytes than were sent.
     """
-    verified = preflight(bundle, public_key, progress)
-    for path, file in local_files(bundle).items():
-        if file.size > LARGEST_FILE:
-            raise BadInput(
-                f"{path} has {file.size / 1e9:.0f} GB; ModelScope takes files of {LARGEST_FILE >> 30} GiB",
-                "Write smaller shards (quantize.shard_bytes in the recipe).",
-            )
+    verified = preflight(bundle, public_key, progress, limits=LIMITS)
     api = _api(endpoint, token)
     attempt = _Transaction(api, bundle, verified, repo_id, tag, private, progress)
     patience = Patience(attempts, wait_s, progress)
@@ -122,7 +121,7 @@ class _Transaction:
     ) -> None:
         self.api, self.repo_id, self.private, self.progress = api, repo_id, private, progress
         self.verified = verified
-        self.short = verified.digest.removeprefix("sha256:")[:12]
+        self.short = short_digest(verified.digest)
         self.tag = tag or f"bundle-{self.short}"
         self.files = local_files(bundle)
         self.uploaded = 0
@@ -227,9 +226,7 @@ def _same(local: LocalFile, remote: FileInfo | None) -> bool:
         return False
     if remote.sha256:
         return str(remote.sha256) == local.sha256
-    data = local.path.read_bytes()
-    oid = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    return str(remote.blob_id) == oid
+    return str(remote.blob_id) == git_oid(local.path)
 
 
 def _is_lfs(path: str, size: int) -> bool:

@@ -26,7 +26,7 @@ from packager.bundle.signature import SIGNATURE_NAME
 from packager.bundle.verify import VerifiedBundle
 from packager.checkpoint.hub_faults import PassingFault, Patience
 from packager.errors import BadInput, IntegrityFailure, RemoteFailure, UsageProblem
-from packager.publish.hub_transaction import LocalFile, local_files
+from packager.publish.hub_transaction import LocalFile, local_files, short_digest
 from packager.publish.preflight import preflight
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def push(
     if tag and reference.tag and tag != reference.tag:
         raise UsageProblem(f"--tag {tag} and {target} name different tags", "Leave one out.")
     verified = preflight(bundle, public_key, progress)
-    chosen = tag or reference.tag or f"bundle-{verified.digest.removeprefix('sha256:')[:12]}"
+    chosen = tag or reference.tag or f"bundle-{short_digest(verified.digest)}"
     if not re.fullmatch(r"\w[\w.-]{0,127}", chosen, re.ASCII):
         raise UsageProblem(f"{chosen!r} cannot be a tag", "Use letters, digits, `_`, `.` and `-`.")
     attempt = _Push(Reference(reference.host, reference.name, chosen), bundle, verified, progress)

@@ -12,7 +12,14 @@ from typing import Any
 
 from pydantic import Field
 
-from packager.artifact import ArtifactWriter, Manifest, file_sha256, is_sealed, sealed_for
+from packager.artifact import (
+    ArtifactWriter,
+    Manifest,
+    file_sha256,
+    is_sealed,
+    require_space,
+    sealed_for,
+)
 from packager.bailing.config import BailingConfig
 from packager.checkpoint.header import DTYPE_BYTES, readable_bytes
 from packager.checkpoint.memory import available_memory
@@ -22,7 +29,6 @@ from packager.errors import BadInput, UsageProblem
 from packager.layouts import Do
 from packager.quantize.calibration_data import choose, read_lines, tokenize
 from packager.quantize.calibration_run import GROUP, NEEDS_DATA, CalibratedScheme, calibrate_model
-from packager.quantize.convert import require_space
 from packager.quantize.decided import DecidedCheckpoint
 from packager.quantize.dialects import ignored_modules
 from packager.recipe import Spec

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
+from packager.artifact import ArtifactWriter, Manifest, is_sealed, require_space, sealed_for
 from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import TensorInfo, readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, listed, numpy_dtype
@@ -335,16 +334,6 @@ def _require_shapes(spec: QuantizeSpec, scheme: Scheme, works: Mapping[str, Tens
             f"{len(lines)} weights do not fit the scheme:\n{listed(lines, limit=20)}",
             "Keep them as they are with a rule (--rule 'NAME=keep', quantize.rules in a recipe), together "
             "with what engines join to them, or choose another scheme.",
-        )
-
-
-def require_space(directory: Path, needed: int) -> None:
-    """Raise BadInput before the work rather than after hours of it, if `needed` bytes will not fit."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise BadInput(
-            f"{directory} has {readable_bytes(free)} free; {readable_bytes(needed)} are still to be written",
-            "Free space or choose another directory; finished files are kept.",
         )
 
 
