@@ -266,9 +266,15 @@ def test_the_command_writes_everything_and_exits_6_if_a_variant_failed(
     assert [c.measured for c in first.cells] == [True, False] and not first.ratios
     assert str(bed.folder) not in " ".join(first.variants[0].command)
     bed.options["dense"] = []
-    assert run([*line, "--json"]) == 0
+    page = bed.folder / "page"
+    assert run([*line, "--json", "--report", str(page)]) == 0
     again = json.loads(capsys.readouterr().out)["sweep"]
+    assert again["hardware"]["key"] == "here" and again["hardware"]["card"]["bandwidth_tb_s"] > 0
+    assert "Throughput over interactivity" in (page / "report.html").read_text(encoding="utf-8")
+    assert {path.name.split("-")[0] for path in page.glob("*.svg")} == {"interactivity", "ratio"}
     assert Sweep.model_validate(again).cells[0] == first.cells[0] and len(again["ratios"]) == 1
+    assert run([*line, "--plot"]) == 0
+    assert "Throughput over interactivity" in capsys.readouterr().out
     assert bed.starts() == ["moe", "dense", "dense"]
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 
 from validation.claims import HERE, Conditions, Measured
 from validation.hardware import hardware_file
 from validation.models import ModelShape
 from validation.sweep_bound import context_of
-from validation.sweep_model import CONFIDENCE, CellRatio, Sweep, SweepCell, Variant
+from validation.sweep_model import CellRatio, Sweep, SweepCell, Variant, geometric_mean
 
 
 def figures_of(sweep: Sweep) -> list[Measured]:
@@ -33,19 +32,14 @@ def _speed(sweep: Sweep, cell: SweepCell) -> Measured | None:
     if variant.model is None or cell.output_tokens_per_s is None:
         return None
     logs = [math.log(one.output_tokens_per_s) for one in cell.repeats if one.output_tokens_per_s > 0]
-    half = None
-    if len(logs) > 1:
-        from scipy.stats import t
-
-        half = float(t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1)) * statistics.stdev(logs) / len(logs) ** 0.5
-    mean = statistics.fmean(logs) if logs else None
-    if mean is None:
+    if not logs:
         return None
+    mean = geometric_mean(logs)
     return Measured(
         quantity="output tokens/s",
-        value=math.exp(mean),
-        low=None if half is None else math.exp(mean - half),
-        high=None if half is None else math.exp(mean + half),
+        value=mean.value,
+        low=mean.low,
+        high=mean.high,
         repeats=len(logs),
         model=variant.model.name,
         conditions=_conditions(sweep, variant, cell),

@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -294,22 +294,37 @@ def paired_ratio(candidate: SweepCell, baseline: SweepCell) -> CellRatio | None:
     ]
     if not logs:
         return None
-    mean, half = statistics.fmean(logs), None
-    if len(logs) > 1:
-        from scipy.stats import t
-
-        half = float(t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1)) * statistics.stdev(logs) / len(logs) ** 0.5
+    mean = geometric_mean(logs)
     return CellRatio(
         candidate=candidate.variant,
         baseline=baseline.variant,
         concurrency=candidate.concurrency,
         input_tokens=candidate.input_tokens,
         output_tokens=candidate.output_tokens,
-        ratio=math.exp(mean),
-        low=None if half is None else math.exp(mean - half),
-        high=None if half is None else math.exp(mean + half),
+        ratio=mean.value,
+        low=mean.low,
+        high=mean.high,
         repeats=len(logs),
     )
+
+
+class GeometricMean(NamedTuple):
+    """With its 95 % interval; None: one value shows no spread."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def geometric_mean(logs: Sequence[float]) -> GeometricMean:
+    """Of positive figures by their logarithms, one or more; the interval is Student's, on the logarithms."""
+    mean = statistics.fmean(logs)
+    if len(logs) == 1:
+        return GeometricMean(math.exp(mean), None, None)
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1)) * statistics.stdev(logs) / len(logs) ** 0.5
+    return GeometricMean(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
 def all_ratios(variants: Sequence[Variant], cells: Sequence[SweepCell]) -> tuple[CellRatio, ...]:
