@@ -27,6 +27,7 @@ from packager.recipe import Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, EvalResultEntry
+    from jinja2 import Template
 
     from validation.longcontext import ContextClaim
     from validation.report import Report
@@ -177,10 +178,11 @@ class _Speaker:
         return self.message(key, measured=claim.measured, held=held)
 
 
-def _written(view: CardView, language: Language, signer: str | None) -> str:
+@cache
+def _template() -> Template:
+    """Compiled once: that takes longer than all else."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    speaker, settings = _Speaker(language), view.settings
     environment = Environment(
         loader=PackageLoader("packager.bundle", ""),
         undefined=StrictUndefined,
@@ -189,7 +191,12 @@ def _written(view: CardView, language: Language, signer: str | None) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # the output is Markdown, not HTML
     )
-    environment.filters |= {"show": speaker.show, "cell": _cell, "oneline": _oneline, "autolink": _autolink}
+    environment.filters |= {"cell": _cell, "oneline": _oneline, "autolink": _autolink}
+    return environment.get_template("card.md.jinja")
+
+
+def _written(view: CardView, language: Language, signer: str | None) -> str:
+    speaker, settings = _Speaker(language), view.settings
 
     def prose(field: str) -> str:
         own = getattr(settings.zh, field) if language == "zh" else ""
@@ -197,10 +204,11 @@ def _written(view: CardView, language: Language, signer: str | None) -> str:
 
     others = [name for name in view.reports if name not in (REPORT_NAME, "report.html")]
     links = ", ".join(f"[{name}](evidence/{name})" for name in others)
-    text = environment.get_template("card.md.jinja").render(
+    text = _template().render(
         v=view,
         s=settings,
         t=speaker.message,
+        show=speaker.show,
         terms=speaker.names,
         term=lambda text: speaker.show(Term(_oneline(text))),
         table=speaker.table,
@@ -217,8 +225,9 @@ def _written(view: CardView, language: Language, signer: str | None) -> str:
 
 
 def _cell(value: object) -> str:
-    """Text that stays within its table cell."""
-    return _oneline(value).replace("|", "\\|")
+    """Text that stays within its table cell and is no more than text: no link, no HTML, no code."""
+    escaped = re.sub(r"[\\|\[\]`]", r"\\\g<0>", _oneline(value))
+    return escaped.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _oneline(value: object) -> str:
