@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any, get_args
 import pytest
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
+from markdown_it import MarkdownIt
 from test_bundle import reseal
+from test_report_page import CHROMIUM
 from test_validation_report import sample_inputs
 from tiny_bundle import Stages, make_stages, recipe
 
@@ -312,6 +315,49 @@ def test_gates_and_override_are_shown_on_the_card(tmp_path: Path) -> None:
     assert verify_bundle(tmp_path / "overridden").lock.gates.publishable
     with pytest.raises(BadInput, match="made from something else"):
         stages.bundle(tmp_path / "plain", override="a preview for testers")
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><style>
+body{margin:0;font:16px/1.5 "Segoe UI","Noto Sans",Helvetica,Arial,sans-serif}
+article{box-sizing:border-box;width:1012px;padding:32px}
+table{border-collapse:collapse;display:block;width:max-content;max-width:100%%;overflow:auto}
+th,td{border:1px solid #d1d9e0;padding:6px 13px} pre{overflow:auto}
+</style><article>%s</article><script>
+document.title=JSON.stringify({
+tables:[...document.querySelectorAll("table")].map(t=>t.scrollWidth-t.clientWidth),
+links:document.querySelectorAll("td a[title]").length,page:document.documentElement.scrollWidth,
+images:[...document.images].map(i=>i.naturalWidth>0)})</script>"""
+"""GitHub's measures: the column, the table that scrolls where it is too wide."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_card_in_a_browser_has_no_table_wider_than_the_column(
+    name: str, copy: Path, tmp_path: Path
+) -> None:
+    assert CHROMIUM is not None
+    (copy / "evidence/fidelity.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
+    )
+    text = re.sub(r"\A---\n.*?\n---\n", "", (copy / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    page = copy / "page.html"
+    page.write_text(PAGE % MarkdownIt("commonmark").enable("table").render(text), encoding="utf-8")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1012,900",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--hide-scrollbars",
+         "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    match = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert match, done.stderr
+    found = json.loads(match[1])
+    assert found["tables"] and set(found["tables"]) == {0}
+    assert found["page"] <= 1012
+    assert found["images"] == [True]
+    # Every figure of a table became a link that says where it stands.
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert found["links"] == sum(len(list(linked_figures(line))) for line in lines)
 
 
 # --- the licence ---
