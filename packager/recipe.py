@@ -429,18 +429,57 @@ class GatesSpec(Spec):
     min_long_accuracy: float = Field(default=0.6, ge=0, le=1)
 
 
+class InheritedFigure(Spec):
+    """A figure that others published and this release did not measure."""
+
+    name: str = Field(min_length=1)
+    value: str | int | float
+    source: str = Field(min_length=1)
+    """Where it stands: a URL, or words that find it."""
+    conditions: str = ""
+    """How it was measured, as far as the source says."""
+
+
+class CardProse(Spec):
+    """The sentences of the card in another language; what is empty is shown in the first one."""
+
+    title: str = ""
+    description: str = ""
+    intended_use: str = ""
+    limitations: str = ""
+    license_reason: str = ""
+
+
+class EvaluationSet(Spec):
+    """The benchmark on the hub that a task's items are; only such results may stand in `.eval_results/`."""
+
+    dataset: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository of the data set."""
+    task_id: str
+    """The task in the data set's own `eval.yaml`."""
+    revision: str | None = None
+
+
 class BundleSpec(Spec):
     """What the model card must say that cannot be measured."""
 
     title: str
     license: str | None = None
+    license_reason: str = ""
+    """Why this licence, where the source's own statements disagree with it or with one another."""
     base_model: str | None = None
     languages: tuple[str, ...] = ("en", "zh")
+    tags: tuple[str, ...] = ()
+    """Beside those that follow from the release."""
     description: str = ""
     intended_use: str = ""
     limitations: str = ""
-    inherited: tuple[dict[str, str], ...] = ()
-    """Figures published by others: `{claim, source}`; printed as inherited, never as measured."""
+    zh: CardProse = CardProse()
+    """The same for README.zh.md."""
+    inherited: tuple[InheritedFigure, ...] = ()
+    """Printed as inherited, never as measured."""
+    evaluation_sets: dict[str, EvaluationSet] = {}
+    """By task of the items, or by lm-eval's name of a benchmark."""
 
 
 class PublishSpec(Spec):

@@ -6,15 +6,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from huggingface_hub import ModelCard
-from tiny_bundle import SOURCE_DIGEST, Stages, digest_of, make_evidence, make_stages, recipe
+from tiny_bundle import SOURCE_DIGEST, Stages, digest_of, make_evidence, make_stages
 
 from packager.artifact import MANIFEST_NAME, ArtifactWriter, read_manifest
 from packager.bundle import signature
@@ -23,7 +20,7 @@ from packager.bundle.verify import verify_bundle
 from packager.cli.bundle import command as bundle_command
 from packager.cli.verify import command as verify_command
 from packager.errors import BadInput, IntegrityFailure
-from packager.recipe import QuantizeSpec, SchemeName, ServeSettings, SpeculationRange
+from packager.recipe import ServeSettings, SpeculationRange
 from packager.serving.serve_file import read_serve_file
 from validation.gates import at_least
 
@@ -52,7 +49,7 @@ def test_the_bundle_holds_a_model_repository_and_what_proves_it(released: Path) 
         "config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja",
         "generation_config.json", "draft/model.safetensors", "draft/config.json", "evidence/report.json",
         "evidence/report.md", "evidence/fidelity.jsonl", "evidence/fidelity.svg", "bundle.lock",
-        "serve.yaml", "README.md",
+        "serve.yaml", "README.md", "README.zh.md",
         "LICENSE-NOTE.md", "model.sig", "manifest.json",
     }  # fmt: skip
     assert not [p for p in found if p.endswith(".py")]
@@ -110,7 +107,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(copy: Path, stage
     verify_bundle(copy, stages.public_key)
 
 
-def _reseal(copy: Path, private: Path) -> None:
+def reseal(copy: Path, private: Path) -> None:
     """Make manifest and signature agree with the directory again, as an attacker with a key could."""
     old = read_manifest(copy)
     for name in (MANIFEST_NAME, "model.sig"):
@@ -177,7 +174,7 @@ def test_a_bundle_with_something_wrong_is_refused_even_if_sealed_and_signed_agai
     # Hard links of the copy: none, so that damage stays in it.
     damage(copy)
     if resealed:
-        _reseal(copy, stages.private_key)
+        reseal(copy, stages.private_key)
     with pytest.raises(IntegrityFailure, match=message):
         verify_bundle(copy, stages.public_key)
 
@@ -194,7 +191,7 @@ def test_a_lock_whose_chain_is_broken_is_refused(copy: Path, stages: Stages) -> 
     lock = json.loads((copy / "bundle.lock").read_bytes())
     lock["source"]["digest"] = "sha256:" + "6" * 64
     (copy / "bundle.lock").write_text(json.dumps(lock))
-    _reseal(copy, stages.private_key)
+    reseal(copy, stages.private_key)
     with pytest.raises(IntegrityFailure, match="fp8 was not made from the source"):
         verify_bundle(copy, stages.public_key)
 
@@ -207,7 +204,7 @@ def test_a_lock_that_claims_passed_gates_against_the_report_is_refused(tmp_path:
     assert lock["gates"]["outcome"] == "fail"
     lock["gates"] = {"outcome": "pass"}
     (copy / "bundle.lock").write_text(json.dumps(lock))
-    _reseal(copy, failing.private_key)
+    reseal(copy, failing.private_key)
     with pytest.raises(IntegrityFailure, match="other gates"):
         verify_bundle(copy, failing.public_key)
 
@@ -275,45 +272,6 @@ def test_the_stock_verifier_accepts_a_bundle_and_its_download(
         stock.verify(root, root / "model.sig")
 
 
-def test_the_card_is_read_by_the_hub_library_and_carries_the_measured_figures(released: Path) -> None:
-    card = ModelCard.load(released / "README.md")
-    data = card.data.to_dict()
-    assert data["license"] == "apache-2.0"
-    assert data["base_model"] == "org/base"
-    assert data["base_model_relation"] == "quantized"
-    assert data["library_name"] == "vllm"
-    assert data["language"] == ["en", "zh"]
-    assert {"fp8", "eagle3", "yarn"} < set(data["tags"])
-    [result] = card.data.eval_results
-    report = json.loads((released / "evidence/report.json").read_bytes())
-    assert result.metric_value == 100 * report["accuracy"][0]["by_task"][0]["accuracy"]
-    assert result.source_url.endswith("rehearsal/tiny/blob/main/evidence/report.json")
-    text = card.text
-    assert "| acceptance length | 2.9 tokens | at least 2.5 tokens | passed | [report](evidence/" in text
-    assert "50.0 % (9.0 % to 91.0 %)" in text
-    assert "served **dequantized**" in text
-    assert "## Inherited, not measured here" in text
-    assert "| fast \\| very | card of org/base |" in text
-    assert "| routed_expert | 4 | 31.52 | 31.40 |" in text
-    assert "| Weights | 0.02 MB, fp8-block" in text
-    assert text.endswith("it too.\n\nLicence: apache-2.0; see [LICENSE-NOTE.md](LICENSE-NOTE.md).\n")
-    assert "### Speed\n\nNot measured." in text
-    assert "### Long records\n\nNot measured." in text
-
-
-def test_the_card_names_the_weights_of_the_recipes_scheme(stages: Stages, tmp_path: Path) -> None:
-    said = {}
-    for scheme in get_args(SchemeName):
-        quantized = stages.recipe.model_copy(update={"quantize": QuantizeSpec(scheme=scheme)})
-        replace(stages, recipe=quantized).bundle(tmp_path / scheme)
-        card = ModelCard.load(tmp_path / scheme / "README.md")
-        [said[scheme]] = {"fp8", "int8", "int4"} & set(card.data.to_dict()["tags"])
-        assert f"{said[scheme].upper()} rounding of weights is in the figures" in card.text
-        assert f"not those of {said[scheme].upper()} kernels" in card.text
-        assert ("that of\nactivations is not" in card.text) == (scheme != "int4-g128")  # they stay BF16
-    assert said == {"fp8-block": "fp8", "fp8-channel": "fp8", "int4-g128": "int4", "w8a8": "int8"}
-
-
 def test_the_card_serves_by_the_commands_of_serve_yaml(released: Path) -> None:
     import shlex
 
@@ -372,28 +330,6 @@ def test_a_release_stops_speculation_where_it_was_slower(tmp_path: Path) -> None
     settings = yaml.safe_load((tmp_path / "bundle/serve.yaml").read_text())
     assert settings["profiles"]["cpu"]["speculation"] == ranges
     assert "num_speculative_tokens_per_batch_size" in (tmp_path / "bundle/README.md").read_text()
-
-
-def test_gates_and_override_are_shown_on_the_card(tmp_path: Path) -> None:
-    gates = (at_least("acceptance length", 1.1, 2.5), at_least("speed", None, 200.0))
-    stages = make_stages(tmp_path / "stages", gates=gates)
-    stages.bundle(tmp_path / "plain")
-    plain = (tmp_path / "plain/README.md").read_text()
-    assert "| acceptance length | 1.1 | at least 2.5 | FAILED |" in plain
-    assert "| speed | not measured | at least 200 | not measured |" in plain
-    stages.bundle(tmp_path / "overridden", override="a preview for testers")
-    text = (tmp_path / "overridden/README.md").read_text()
-    assert "Recorded reason: a preview for testers" in text
-    assert "Failed: acceptance length." in text
-    assert verify_bundle(tmp_path / "overridden").lock.gates.publishable
-    with pytest.raises(BadInput, match="made from something else"):
-        stages.bundle(tmp_path / "plain", override="a preview for testers")
-
-
-def test_a_licence_that_is_not_decided_is_said_to_be_so(stages: Stages, tmp_path: Path) -> None:
-    stages.bundle(tmp_path / "b", recipe=recipe(bundle={"license": None}))
-    assert "has not been decided" in (tmp_path / "b/LICENSE-NOTE.md").read_text()
-    assert ModelCard.load(tmp_path / "b/README.md").data.license is None
 
 
 def test_the_verbs_bundle_and_verify(stages: Stages, tmp_path: Path) -> None:

@@ -180,8 +180,9 @@ def test_a_gate_that_fails_ends_with_4_keeps_the_evidence_and_serves_nothing_aga
 ) -> None:
     workspace = _copy(released, tmp_path)
     recipe = _changed(released, tmp_path / "recipe.yaml", gates={"min_acceptance_length": 99.0})
-    done = _release(recipe, workspace)
+    done = _release(recipe, workspace, "--junit", str(tmp_path / "junit.xml"))
     assert done.returncode == 4, done.stderr
+    assert '<failure message="measured' in (tmp_path / "junit.xml").read_text(encoding="utf-8")
     assert "acceptance length" in done.stderr
     assert "what to do: " in done.stderr
     assert "serving" not in done.stderr.replace("served", "")  # every answer came from the measurements
@@ -213,3 +214,5 @@ def test_a_changed_card_makes_only_the_bundle_and_the_publication_again(
     started = [line.split("] ")[1] for line in done.stderr.splitlines() if line.endswith(": started")]
     assert started == ["bundle: started", "publish: started"]
     assert "# Another title" in (workspace / "published" / "README.md").read_text(encoding="utf-8")
+    assert "| 稠密基线 |" in (workspace / "published" / "README.zh.md").read_text(encoding="utf-8")
+    assert list((workspace / "published" / ".eval_results").glob("*.yaml"))

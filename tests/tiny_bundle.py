@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
         "license": "apache-2.0",
         "base_model": "org/base",
         "languages": ["en", "zh"],
-        "inherited": [{"claim": "fast | very", "source": "card of org/base"}],
+        "inherited": [{"name": "fast | very", "value": 62.5, "source": "card of org/base"}],
     },
     "publish": {"target": "hf://rehearsal/tiny"},
 }

@@ -5,7 +5,7 @@ draft/       the EAGLE3 draft
 evidence/    the validation report
 bundle.lock  the chain of digests, with every manifest
 serve.yaml   how to serve it
-README.md    the model card
+README.md    the model card; README.zh.md the same in Chinese, .eval_results/ its results for the hub
 model.sig    the signature; it covers all of the above and the manifest, and is written last
 """
 
@@ -25,10 +25,19 @@ from packager.artifact import (
     is_sealed,
     read_manifest,
 )
-from packager.bundle.card import license_note, measured_context, model_card
+from packager.bundle.card import card_files, license_note, measured_context
+from packager.bundle.card_settings import CardSettings, card_settings
 from packager.bundle.contents import TOLERATED, path_problem
+from packager.bundle.licensing import licence_statements, require_decided
 from packager.bundle.lock import LOCK_NAME, Lock, build_lock
-from packager.bundle.serve_profiles import measured_speculation, serve_yaml
+from packager.bundle.serve_profiles import (
+    HOST,
+    PORT,
+    measured_speculation,
+    profiles,
+    serve_yaml,
+    served_name,
+)
 from packager.bundle.signature import SIGNATURE_NAME, open_signature, private_fingerprint, sign
 from packager.bundle.verify import STAGE
 from packager.errors import BadInput
@@ -44,6 +53,7 @@ def assemble(
     context: Path,
     draft: Path | None,
     evidence: Path,
+    source: Path | None = None,
     signing_key: Path | None,
     passphrase: str | None = None,
     override: str | None = None,
@@ -53,16 +63,19 @@ def assemble(
 
     Args:
         recipe_digest: recorded in the manifest.
+        source: folder of the checkpoint, to see what it says of its licence; None: not at hand, and the card
+            says so.
         signing_key: P-256 private key (PEM); None: the bundle stays unsigned, and publishing refuses it.
         override: why it is to be published although a gate failed or was not measured; the card shows it.
 
     Raises:
-        BadInput: a stage is not sealed, the stages do not belong together, `out` holds something else, or the
-            key cannot be used.
+        BadInput: a stage is not sealed, the stages do not belong together, `out` holds something else, the
+            key cannot be used, or licences disagree and the recipe does not decide.
         IntegrityFailure: a finished `out` was altered.
     """
     folders = {"fp8": fp8, "context": context, "evidence": evidence} | ({"draft": draft} if draft else {})
     lock = build_lock(recipe, folders, override)
+    lock = lock.model_copy(update={"card": _card_settings(recipe, lock, source)})
     fingerprint = private_fingerprint(signing_key, passphrase=passphrase) if signing_key else None
     inputs = {name: stage.digest for name, stage in lock.stages.items()}
     if fingerprint:
@@ -77,6 +90,19 @@ def assemble(
         _write_signature(out, recipe.name, manifest, signing_key, passphrase)
         progress(f"signed with the key {fingerprint[:16]}…")
     return manifest
+
+
+def _card_settings(recipe: Recipe, lock: Lock, source: Path | None) -> CardSettings:
+    statements = None if source is None else licence_statements(source)
+    require_decided(recipe, statements or ())
+    measured = measured_speculation(lock.stages["evidence"].manifest.metrics)
+    return card_settings(
+        recipe,
+        profiles(recipe, draft="draft" in lock.stages, measured=measured),
+        served_name=served_name(recipe),
+        address=f"http://{HOST}:{PORT}",
+        upstream_licenses=statements,
+    )
 
 
 def _found(out: Path, recipe_digest: str, inputs: dict[str, str]) -> Manifest | None:
@@ -122,9 +148,10 @@ def _assemble(
                 claim=measured_context(recipe, folders["evidence"]),
             ),
         )
-        writer.write_text("LICENSE-NOTE.md", license_note(recipe))
-        card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)
-        writer.write_text("README.md", card)
+        assert lock.card is not None
+        writer.write_text("LICENSE-NOTE.md", license_note(lock.card, lock.source.name))
+        for name, text in card_files(lock, folders["evidence"], signer=fingerprint).items():
+            writer.write_text(name, text)
         return writer.seal(
             {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}
         )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from packager.artifact import FileEntry, Manifest, read_manifest
+from packager.bundle.card_settings import CardSettings
 from packager.errors import BadInput, IntegrityFailure
 from packager.quantize.fidelity import LEDGER_NAME
 from packager.quantize.plot import PLOT_NAME
@@ -79,6 +80,8 @@ class Lock(_Document):
     source: LockedSource
     stages: dict[str, LockedStage]
     gates: GateState
+    card: CardSettings | None = None
+    """What the card says beside the evidence; every bundle has it."""
 
     def files(self) -> Iterator[tuple[str, str, FileEntry]]:
         """Path in the bundle, stage, and manifest entry of every file that a stage brings."""

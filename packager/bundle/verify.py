@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.artifact import MANIFEST_NAME, FileEntry, Manifest, file_sha256, read_manifest
+from packager.bundle.card_check import card_problems, is_card
 from packager.bundle.contents import TOLERATED, content_problem, path_problem
 from packager.bundle.lock import LOCK_NAME, REPORT_NAME, Lock, chain_problems, gate_state, read_lock
 from packager.bundle.lock import unmeasured_stages as unmeasured
@@ -20,8 +21,8 @@ from packager.errors import BadInput, IntegrityFailure
 
 STAGE = "bundle"
 """What a bundle's manifest calls itself."""
-GENERATED = frozenset({LOCK_NAME, "README.md", "LICENSE-NOTE.md", "serve.yaml"})
-"""Files at the top of a bundle that no stage made: they are written when it is assembled."""
+GENERATED = frozenset({LOCK_NAME, "serve.yaml"})
+"""Files at the top of a bundle that no stage made, beside the card: they are written when it is assembled."""
 _REMEDY = "Remove the directory and get the bundle again from its publisher."
 
 
@@ -70,6 +71,7 @@ def verify_bundle(
     _refuse(path, _byte_problems(path, manifest))
     lock = read_lock(path)
     _refuse(path, [*chain_problems(lock), *_origin_problems(manifest, lock), *_evidence_problems(path, lock)])
+    _refuse(path, card_problems(path, lock, manifest))
     return VerifiedBundle(
         path, manifest.digest, len(manifest.files), total, signer, bool(signer and public_key), lock
     )
@@ -167,7 +169,8 @@ def _origin_problems(manifest: Manifest, lock: Lock) -> list[str]:
     origins = {path: entry.sha256 for path, _, entry in lock.files()}
     problems = []
     for entry in manifest.files:
-        if entry.path not in GENERATED and origins.get(entry.path) != entry.sha256:
+        generated = entry.path in GENERATED or is_card(entry.path)
+        if not generated and origins.get(entry.path) != entry.sha256:
             problems.append(f"{entry.path}: not the file of the stage that {LOCK_NAME} names")
     for name, stage in lock.stages.items():
         if manifest.inputs.get(name) != stage.digest:

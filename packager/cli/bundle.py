@@ -39,6 +39,7 @@ def command(
     """
     from packager.bundle.assemble import assemble
     from packager.recipe import load_recipe
+    from packager.release.workspace import at_hand
 
     recipe = load_recipe(recipe_path)
     draft = workspace / "draft"
@@ -50,6 +51,7 @@ def command(
         context=workspace / "context",
         draft=draft if draft.exists() else None,
         evidence=workspace / "evidence",
+        source=at_hand(recipe.source),
         signing_key=key,
         passphrase=os.environ.get(PASSPHRASE_VARIABLE),
         override=override,

@@ -17,6 +17,7 @@ from packager.errors import UsageProblem
 
 if TYPE_CHECKING:
     from packager.quantize.convert import Executor
+    from packager.recipe import Recipe
     from packager.release import DryRun, Outcome
 
 WIDTH = 80
@@ -27,6 +28,10 @@ WIDTH = 80
 @click.option("--workspace", type=click.Path(path_type=Path), help="Folder in which the release grows.")
 @click.option("--signing-key", type=click.Path(path_type=Path), help="Private key; else the workspace's own.")
 @executor_options
+@click.option("--junit", type=click.Path(path_type=Path), help="Write stages and gates here as JUnit XML.")
+@click.option(
+    "--summary", type=click.Path(path_type=Path), help="Append a summary here ($GITHUB_STEP_SUMMARY)."
+)
 @click.option("--dry-run", is_flag=True, help="Print what each stage reads, writes and needs; run nothing.")
 @options.as_json
 def command(
@@ -35,6 +40,8 @@ def command(
     signing_key: Path | None,
     executor: Executor,
     ray_address: str | None,
+    junit: Path | None,
+    summary: Path | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -44,7 +51,7 @@ def command(
     the publication on a loopback hub; `packager publish` does the real one.
 
     The recipe says what is released; --executor says where its weights are converted, which leaves no trace
-    in the output.
+    in the output. --junit and --summary are written whether it ends well or not.
     """
     from packager.recipe import load_recipe
     from packager.release import plan_release, release, shipped_recipe
@@ -66,13 +73,33 @@ def command(
         minutes, seconds = divmod(int(time.monotonic() - began), 60)
         click.echo(f"[{minutes:2d}:{seconds:02d}] {line}", err=True)
 
-    outcome = release(
-        loaded, workspace, say, signing_key=signing_key, executor=executor, ray_address=ray_address
-    )
+    failure: BaseException | None = None
+    try:
+        outcome = release(
+            loaded, workspace, say, signing_key=signing_key, executor=executor, ray_address=ray_address
+        )
+    except BaseException as err:
+        failure = err
+        raise
+    finally:
+        _for_ci(loaded, workspace, junit, summary, failure)
     if as_json:
         click.echo(json.dumps(outcome.document(), indent=2, ensure_ascii=False))
     else:
         _print_outcome(outcome)
+
+
+def _for_ci(
+    recipe: Recipe, root: Path, junit: Path | None, summary: Path | None, failure: BaseException | None
+) -> None:
+    from packager.release.for_ci import append_summary, write_junit
+    from packager.release.workspace import Workspace
+
+    workspace = Workspace(root)
+    if junit is not None:
+        write_junit(junit, recipe, workspace, failure)
+    if summary is not None:
+        append_summary(summary, recipe, workspace, failure)
 
 
 def _print_outcome(outcome: Outcome) -> None:

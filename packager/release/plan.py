@@ -16,13 +16,14 @@ from typing import Any
 
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import QUANTIZABLE, model_of
+from packager.bundle.licensing import licence_statements, require_decided
 from packager.checkpoint.hub_name import is_commit
 from packager.checkpoint.source import read_json_object
 from packager.draft.states_file import bytes_per_token
 from packager.errors import BadInput
 from packager.recipe import Recipe, SchemeName
 from packager.release.rubrics import rubric_trouble
-from packager.release.workspace import packaged_checkpoint
+from packager.release.workspace import at_hand, packaged_checkpoint
 from packager.serving.plan import fit, model_bytes, smallest
 from validation.hardware import GB, Hardware, parse_hardware
 from validation.models import Precision
@@ -289,6 +290,7 @@ def _undecided(
         missing.append("validate.items_file: items to validate with")
     if not nano and recipe.gates.min_ratio_to_dense is not None and recipe.validate_.dense_baseline is None:
         missing.append("validate.dense_baseline: the gate min_ratio_to_dense has nothing to compare with")
+    missing.extend(_licence_trouble(recipe))
     missing.extend(rubric_trouble(recipe))
     if recipe.context.length % config.max_position_embeddings:
         missing.append(
@@ -308,6 +310,16 @@ def _undecided(
             f"disk: {free / GB:.0f} GB free here, {weights} weights and states take {needed / GB:.0f}"
         )
     return tuple(missing)
+
+
+def _licence_trouble(recipe: Recipe) -> list[str]:
+    """What upstream says of its licence, where that is here and leaves something to decide."""
+    source = at_hand(recipe.source)
+    try:
+        require_decided(recipe, licence_statements(source) if source else ())
+    except BadInput as err:
+        return [err.message]
+    return []
 
 
 def _card_trouble(config: BailingConfig, recipe: Recipe, cards: Hardware) -> list[str]:

@@ -130,11 +130,13 @@ class _Release:
 
     def run(self) -> Outcome:
         from packager.bundle.contents import TOLERATED
+        from packager.bundle.licensing import licence_statements, require_decided
         from packager.bundle.signature import SIGNATURE_NAME
         from packager.serving import fp8_runs_here
         from validation.report.model import SCHEMA_VERSION
 
         recipe, ws, run = self.recipe, self.workspace, self.pipeline.run
+        require_decided(recipe, licence_statements(self.source))  # now, not after hours of measuring
         native, reason = fp8_runs_here(recipe.quantize.scheme)
         if not native:
             self.say(f"{reason}; quantized weights are served dequantized to BF16, and the evidence says so")
@@ -273,6 +275,7 @@ class _Release:
             context=ws.context,
             draft=ws.draft,
             evidence=ws.evidence,
+            source=self.source,
             signing_key=self.key,
             passphrase=os.environ.get(PASSPHRASE_VARIABLE),
             progress=lambda line: self.say(f"  {line}"),

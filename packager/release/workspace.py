@@ -167,6 +167,18 @@ def locate(spec: SourceSpec) -> Path:
     return Path(snapshot_download(spec.repo, revision=spec.revision))
 
 
+def at_hand(spec: SourceSpec) -> Path | None:
+    """The directory of a recipe's source if it is on this machine already; nothing is downloaded."""
+    if spec.path is not None:
+        path = packaged_checkpoint(spec.path) or Path(spec.path).expanduser()
+        return path if path.is_dir() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    assert spec.repo is not None
+    found = try_to_load_from_cache(spec.repo, "config.json", revision=spec.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def packaged_checkpoint(path: str) -> Path | None:
     """The directory behind `package:nano`, None for an ordinary path.
 
