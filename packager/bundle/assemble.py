@@ -28,7 +28,7 @@ from packager.artifact import (
 from packager.bundle.card import license_note, measured_context, model_card
 from packager.bundle.contents import TOLERATED, path_problem
 from packager.bundle.lock import LOCK_NAME, Lock, build_lock
-from packager.bundle.serve_profiles import measured_speculation, serve_yaml
+from packager.bundle.serve_profiles import ServedBytes, measured_speculation, serve_yaml, served_bytes
 from packager.bundle.signature import SIGNATURE_NAME, open_signature, private_fingerprint, sign
 from packager.bundle.verify import STAGE
 from packager.errors import BadInput
@@ -112,6 +112,7 @@ def _assemble(
             raise BadInput(f"{folders['context']} has no config.json: it is not a checkpoint")
         writer.write_text(LOCK_NAME, lock.dumps())
         measured = measured_speculation(lock.stages["evidence"].manifest.metrics)
+        served = _served_bytes(folders, progress)
         writer.write_text(
             "serve.yaml",
             serve_yaml(
@@ -120,14 +121,26 @@ def _assemble(
                 measured=measured,
                 trained_length=lock.trained_length,
                 claim=measured_context(recipe, folders["evidence"]),
+                served=served,
             ),
         )
         writer.write_text("LICENSE-NOTE.md", license_note(recipe))
-        card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)
+        card = model_card(
+            recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint, served=served
+        )
         writer.write_text("README.md", card)
         return writer.seal(
             {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}
         )
+
+
+def _served_bytes(folders: dict[str, Path], progress: Callable[[str], None]) -> ServedBytes | None:
+    """What serving takes; None, and said, for an architecture that is not known here."""
+    try:
+        return served_bytes(folders["context"], folders.get("draft"))
+    except BadInput as err:
+        progress(f"serve.yaml names no memory needed: {err.message}")
+        return None
 
 
 def _stage_files(

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.bundle.lock import REPORT_NAME, Lock
-from packager.bundle.serve_profiles import HOST, PORT, measured_speculation, profiles, served_name
+from packager.bundle.serve_profiles import (
+    HOST,
+    PORT,
+    ServedBytes,
+    measured_speculation,
+    profiles,
+    served_name,
+)
 from packager.errors import BadInput
 from packager.recipe import Recipe
 
@@ -25,12 +32,21 @@ _HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0
 """The identifiers that the hub knows; another licence is `other`, with its name beside it."""
 
 
-def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signer: str | None) -> str:
+def model_card(
+    recipe: Recipe,
+    lock: Lock,
+    evidence: Path,
+    *,
+    draft: bool,
+    signer: str | None,
+    served: ServedBytes | None = None,
+) -> str:
     """The text of README.md: YAML metadata for the hub, then Markdown.
 
     Args:
         evidence: folder of the sealed evidence.
         signer: fingerprint of the key that will sign the bundle.
+        served: its bytes, for the profiles; None: not known.
 
     Raises:
         BadInput: the evidence is not a report of this version.
@@ -59,7 +75,7 @@ def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signe
         draft=draft,
         signer=signer,
         weights=f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB",
-        profiles=profiles(recipe, draft=draft, measured=measured),
+        profiles=profiles(recipe, draft=draft, measured=measured, served=served),
         trained_length=lock.trained_length,
         claim=_claim(recipe, report),
         served_name=served_name(recipe),

@@ -56,6 +56,11 @@ class ModelBytes:
         """KV cache of one token, the draft's single layer included."""
         return (self.shape.layers + bool(self.draft)) * self.kv_layer
 
+    def kv_per_card(self, ways: int) -> float:
+        """KV cache of one token on each of `ways` cards: each holds one KV head at least."""
+        keys = self.layout.shape["kv_heads"]
+        return self.kv_per_token * max(1, keys // ways) / keys
+
 
 def layout_of(config: Config) -> Model:
     """The declared architecture of a config, with its sizes."""
@@ -278,12 +283,8 @@ def fit(model: ModelBytes, hardware: Hardware, context: int) -> Fit:
     """Lay a model on hardware. It fits if one request of `context` tokens does."""
     ways = hardware.count
     per_card = (model.weights + model.draft) / ways
-    # A KV head is not split: with more cards than KV heads each card still holds one.
-    keys = model.layout.shape["kv_heads"]
-    heads = max(1, keys // ways)
-    kv_per_card = model.kv_per_token * heads / keys
     room = hardware.usable_per_card - per_card
-    tokens = max(0, int(room / kv_per_card))
+    tokens = max(0, int(room / model.kv_per_card(ways)))
     problem = split_problem(model.layout, ways, model.precision)
     if problem is None and room <= 0:
         problem = (
