@@ -124,7 +124,7 @@ def memory_trouble(text: str, exit_code: int | None = None) -> tuple[str, str] |
         tokens, needed, room, most = match.groups()
         reach = f"--context {most} fits. " if most else ""
         return (
-            f"out of memory: a request of {tokens} tokens needs {needed} GiB of KV cache, {room} GiB are left",
+            f"out of memory: a request of {tokens} tokens needs {needed} GiB of KV cache, {room} are left",
             f"{reach}More of the GPU: --gpu-memory-utilization. {_SMALLER}.",
         )
     if match := _HELD.search(text):

@@ -153,8 +153,8 @@ class Server:
             return sglang_command(self.spec, host=self.host, port=self.port, python=sys.executable)
         spec = replace(self.spec, extra_args=(*self.spec.extra_args, *_QUIET))
         command = vllm_command(spec, host=self.host, port=self.port)
-        script = Path(sys.executable).with_name(command[0])
         # The environment may not be activated: take the command that was installed beside this package.
+        script = Path(sys.executable).with_name("vllm")
         return [str(script), *command[1:]] if command[0] == "vllm" and script.exists() else command
 
     def _await_health(self, deadline: float) -> None:
