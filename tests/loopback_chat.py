@@ -160,7 +160,10 @@ class LoopbackChat:
         tokens = [(w, -0.01, [(w, -0.01)]) for w in said.split(" ")] if isinstance(said, str) else said
         text = said if isinstance(said, str) else "".join(t for t, _, _ in tokens)
         if body.get("stream"):
-            self._stream(handler, tokens, words)
+            texts = [t for t, _, _ in tokens]
+            if isinstance(said, str):
+                texts = [texts[0], *(f" {t}" for t in texts[1:])]
+            self._stream(handler, texts, words)
             return
         choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         if body.get("logprobs"):
@@ -204,13 +207,13 @@ class LoopbackChat:
             lines += [f"# TYPE {total} counter", f"{total} {count * sum(self.asked.values())}.0"]
         return "\n".join(lines).encode()
 
-    def _stream(self, handler: Any, tokens: list[Token], prompt_tokens: int) -> None:
+    def _stream(self, handler: Any, texts: list[str], prompt_tokens: int) -> None:
         handler.send_response(200)
         handler.send_header("Connection", "close")
         handler.end_headers()
-        pieces: list[dict[str, Any]] = [{"choices": [{"delta": {"content": t}}]} for t, _, _ in tokens]
+        pieces: list[dict[str, Any]] = [{"choices": [{"delta": {"content": t}}]} for t in texts]
         pieces.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(tokens)}
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(texts)}
         pieces.append({"choices": [], "usage": usage})
         for piece in pieces:
             handler.wfile.write(b"data: " + json.dumps(piece).encode() + b"\n\n")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -173,18 +175,38 @@ def _converse(talk: Conversation, served: Served) -> None:
 
     length = f", {served.max_model_len} tokens of context" if served.max_model_len else ""
     say(f"\n{served.model}{length}. {_CAUTION}\n{_HELP}\n")
-    for line in _lines():
-        if line.startswith("/"):
-            if not _obey(talk, line):
+    with _CtrlC() as ctrl_c:
+        for line in _lines(ctrl_c):
+            if not line.startswith("/"):
+                _answer(talk, served, line, ctrl_c)
+            elif not _obey(talk, line):
                 break
-            continue
-        _answer(talk, served, line)
 
 
-def _lines() -> Iterator[str]:
+class _CtrlC:
+    """Ctrl-C ends what is under way and nothing else: pressed between two things it ends nothing."""
+
+    def __init__(self) -> None:
+        self.armed = False
+
+    def __enter__(self) -> _CtrlC:
+        self._previous = signal.signal(signal.SIGINT, self._pressed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _pressed(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+def _lines(ctrl_c: _CtrlC) -> Iterator[str]:
     """What is typed, until the input ends; Ctrl-C empties the line."""
     while True:
         try:
+            ctrl_c.armed = True
             line = input(_PROMPT if sys.stdout.isatty() else "").strip()
         except Ended:
             raise
@@ -194,6 +216,8 @@ def _lines() -> Iterator[str]:
         except EOFError:
             say("")
             return
+        finally:
+            ctrl_c.armed = False
         if line:
             yield line
 
@@ -215,7 +239,7 @@ def _obey(talk: Conversation, line: str) -> bool:
     return True
 
 
-def _answer(talk: Conversation, served: Served, question: str) -> None:
+def _answer(talk: Conversation, served: Served, question: str, ctrl_c: _CtrlC) -> None:
     """Ask, print what comes as it comes, then its figures. Only the server's death ends the session."""
     from validation.errors import MeasurementError, ServerUnreachable
 
@@ -225,6 +249,7 @@ def _answer(talk: Conversation, served: Served, question: str) -> None:
 
     began = time.monotonic()
     try:
+        ctrl_c.armed = True
         answer = talk.ask(question, write)
     except Ended:
         raise
@@ -238,6 +263,8 @@ def _answer(talk: Conversation, served: Served, question: str) -> None:
     except MeasurementError as err:
         say(f"  {err.message}")
         return
+    finally:
+        ctrl_c.armed = False
     write("\n")
     if answer.dropped:
         few = "exchange was" if answer.dropped == 1 else f"{answer.dropped} exchanges were"

@@ -83,8 +83,9 @@ class StartupProgress:
             file.seek(self._read)
             new = file.read()
         self._read += len(new)
-        # Progress bars end their lines with a carriage return.
-        *lines, self._rest = re.split(rb"[\r\n]", self._rest + new)
+        # A progress bar's line ends where the next begins, with a carriage return.
+        lines = re.split(rb"[\r\n]", self._rest + new)
+        self._rest = lines[-1]
         for line in lines:
             step = step_of(line.decode(errors="replace")) or step
         now = self._clock()
@@ -132,7 +133,7 @@ def memory_trouble(text: str, exit_code: int | None = None) -> tuple[str, str] |
         return (
             f"out of memory: the engine takes {float(share):.0%} of {total} GiB, {free} GiB are free",
             "Stop the program that holds the rest, or take less: --gpu-memory-utilization "
-            f"{max(0.05, 0.98 * float(free) / float(total)):.2f}.",
+            f"{max(1, int(98 * float(free) / float(total))) / 100}.",
         )
     if _NO_ROOM in text:
         return (
