@@ -15,7 +15,8 @@ LOG = (
     "Loading safetensors checkpoint shards:   0% Completed | 0/21 [00:00<?, ?it/s]\n",
     "\rLoading safetensors checkpoint shards:  33% Completed | 7/21 [00:10<00:20,  1.4s/it]",
     "\rLoading safetensors checkpoint shards: 100% Completed | 21/21 [00:30<00:00,  1.4s/it]\n",
-    "(EngineCore pid=9) INFO 11-25 04:15:03 [cpu_model_runner.py:75] Loading drafter model...\n",
+    "(EngineCore pid=9) INFO 11-25 04:15:03 [cpu_model_runner.py:75] Loading drafter model...\n"
+    "Loading safetensors checkpoint shards: 100% Completed | 1/1 [00:00<00:00, 1193.60it/s]\n",
     "(EngineCore pid=9) INFO 11-25 04:15:33 [monitor.py:40] Starting torch.compile\n",
     "(EngineCore pid=9) INFO 11-25 04:15:04 [kv_cache_utils.py:2327] GPU KV cache size: 419,328 tokens, Maxi",
     "\rCapturing CUDA graphs (decode, FULL):  10%|█         | 1/10",
@@ -35,11 +36,11 @@ def test_a_start_is_followed_by_its_log(tmp_path: Path) -> None:
         "24 s  loading weights: 0 of 21 files",
         "36 s  loading weights: 7 of 21 files",
         "48 s  loading weights: 21 of 21 files",
-        "60 s  loading the draft",
+        "60 s  loading the draft: 1 of 1 files",
         "72 s  compiling",
-        "96 s  KV cache of 419,328 tokens",
-        "108 s  capturing CUDA graphs",
-        "144 s  capturing CUDA graphs",
+        "84 s  KV cache of 419,328 tokens",
+        "96 s  capturing CUDA graphs",
+        "132 s  capturing CUDA graphs",
     ]
 
 
@@ -54,8 +55,8 @@ def test_counting_alone_is_said_every_few_seconds(tmp_path: Path) -> None:
 
 
 OUT_OF_MEMORY = (
-    "(EngineCore pid=9) ERROR torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has "
-    "a total capacity of 79.11 GiB of which 1.2 GiB is free."
+    "(EngineCore pid=9) ERROR torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 "
+    "has a total capacity of 79.11 GiB of which 1.2 GiB is free."
 )
 
 

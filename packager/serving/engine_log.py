@@ -35,6 +35,7 @@ def log_cause(text: str) -> str | None:
 
 # --- how far a start is: the messages of vLLM 0.32 ---
 
+_LOADING, _LOADING_DRAFT = "loading weights", "loading the draft"
 _STEPS = (
     (re.compile(r"Initializing a V1 LLM engine"), "starting the engine"),
     (re.compile(r"Starting to load model"), "loading weights"),
@@ -87,7 +88,10 @@ class StartupProgress:
         lines = re.split(rb"[\r\n]", self._rest + new)
         self._rest = lines[-1]
         for line in lines:
-            step = step_of(line.decode(errors="replace")) or step
+            found = step_of(line.decode(errors="replace"))
+            if found and found.startswith(f"{_LOADING}:") and step.startswith(_LOADING_DRAFT):
+                found = found.replace(_LOADING, _LOADING_DRAFT)
+            step = found or step
         now = self._clock()
         new_kind = step.partition(":")[0] != self._step.partition(":")[0]
         patience = 0.0 if new_kind else _COUNT_S if step != self._step else _REMIND_S

@@ -28,9 +28,13 @@ _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*?)(?:_total)?(?:\{(.*)\})? (\S+)$")
 _POSITION = re.compile(r'position="(\d+)"')
 
 
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
@@ -38,7 +42,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def claim_port(host: str, port: int) -> None:
     """Raise UsageProblem if `port` is taken. vLLM would not notice another vLLM: it sets SO_REUSEPORT."""
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -115,8 +119,8 @@ class Server:
     @property
     def url(self) -> str:
         """Base address, without `/v1`."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def start(self) -> Server:
         """Launch the server and wait until it is healthy."""
