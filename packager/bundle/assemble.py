@@ -125,9 +125,7 @@ def _assemble(
             ),
         )
         writer.write_text("LICENSE-NOTE.md", license_note(recipe))
-        card = model_card(
-            recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint, served=served
-        )
+        card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)
         writer.write_text("README.md", card)
         return writer.seal(
             {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.bundle.lock import REPORT_NAME, Lock
-from packager.bundle.serve_profiles import (
-    HOST,
-    PORT,
-    ServedBytes,
-    measured_speculation,
-    profiles,
-    served_name,
-)
+from packager.bundle.serve_profiles import HOST, PORT, measured_speculation, profiles, served_name
 from packager.errors import BadInput
 from packager.recipe import Recipe
 
@@ -32,21 +25,12 @@ _HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0
 """The identifiers that the hub knows; another licence is `other`, with its name beside it."""
 
 
-def model_card(
-    recipe: Recipe,
-    lock: Lock,
-    evidence: Path,
-    *,
-    draft: bool,
-    signer: str | None,
-    served: ServedBytes | None = None,
-) -> str:
+def model_card(recipe: Recipe, lock: Lock, evidence: Path, *, draft: bool, signer: str | None) -> str:
     """The text of README.md: YAML metadata for the hub, then Markdown.
 
     Args:
         evidence: folder of the sealed evidence.
         signer: fingerprint of the key that will sign the bundle.
-        served: its bytes, for the profiles; None: not known.
 
     Raises:
         BadInput: the evidence is not a report of this version.
@@ -75,7 +59,7 @@ def model_card(
         draft=draft,
         signer=signer,
         weights=f"{weights / 1e9:.2f} GB" if weights >= 1e9 else f"{weights / 1e6:.2f} MB",
-        profiles=profiles(recipe, draft=draft, measured=measured, served=served),
+        profiles=profiles(recipe, draft=draft, measured=measured),
         trained_length=lock.trained_length,
         claim=_claim(recipe, report),
         served_name=served_name(recipe),

@@ -83,7 +83,9 @@ def command(
     interactive = once is None and sys.stdin.isatty()
     if interactive and as_json:
         raise UsageProblem("a conversation is no JSON document", "Add --once QUESTION, or pipe questions in.")
-    key = api_key(api_key_env)
+    # A key that was set for a server of one's own is not for others, unless it is named.
+    own = url is None or is_loopback(urlsplit(url).hostname or "")
+    key = api_key(api_key_env) if own or api_key_env else None
     try:
         with signals_interrupt(interrupt=False), _address(bundle, url, wanted, key) as address:
             from packager.serving.conversation import Conversation, served_by

@@ -140,8 +140,12 @@ def choose(bundle: str, wanted: Wanted, *, start: bool) -> Chosen:
     file = read_serve_file(path) if path.is_file() else None
     target: Device = "cuda" if wanted.engine == "sglang" else device()
     profile, version = wanted.profile, None
-    if not start and file is not None and profile in file.profiles:
-        target = file.profiles[profile].device
+    if not start and file is not None and wanted.engine == "vllm":
+        shown = profile or file.default_profile
+        if shown in file.profiles and (
+            profile or all(one.device != target for one in file.profiles.values())
+        ):
+            target = file.profiles[shown].device
     length = context_for(directory, wanted.context)
     tokens = length.max_model_len or (file.max_model_len if file else None)
     if start:

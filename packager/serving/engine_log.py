@@ -38,12 +38,12 @@ def log_cause(text: str) -> str | None:
 _LOADING, _LOADING_DRAFT = "loading weights", "loading the draft"
 _STEPS = (
     (re.compile(r"Initializing a V1 LLM engine"), "starting the engine"),
-    (re.compile(r"Starting to load model"), "loading weights"),
+    (re.compile(r"Starting to load model"), _LOADING),
     (
         re.compile(r"Loading safetensors checkpoint shards.*\| *(\d+)/(\d+)"),
-        "loading weights: {} of {} files",
+        _LOADING + ": {} of {} files",
     ),
-    (re.compile(r"Loading drafter model"), "loading the draft"),
+    (re.compile(r"Loading drafter model"), _LOADING_DRAFT),
     (
         re.compile(
             r"Starting torch\.compile|Dynamo bytecode|Compiling a graph|Compile and warming|Warming up model"

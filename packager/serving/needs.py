@@ -16,8 +16,8 @@ the weights as FP8 and computes in BF16 (W8A16, from 7.5 on)."""
 CPU_CACHE_BYTES = GIB
 """What the KV cache takes of main memory at least: see `packager.serving.cpu.cpu_environment`."""
 CPU_OVERHEAD_BYTES = 2 * GIB
-"""Two processes of vLLM 0.32 with torch, beside weights and cache, and some to spare: serving the nano with its
-draft took 2.4 GiB in all (proportional set size), of which 1 GiB is the cache."""
+"""Two processes of vLLM 0.32 with torch, beside weights and cache, and some to spare: serving the nano with
+its draft took 2.4 GiB in all (proportional set size), of which 1 GiB is the cache."""
 
 
 class Needs(BaseModel):
