@@ -21,6 +21,9 @@ class LoopbackChat:
     HTTP status (int), "disconnect", "rubbish", "drip" (an answer that never ends), seconds to wait (float),
     or ("wait", seconds): 429 with that Retry-After; None means no fault.
 
+    `max_model_len` is listed with the model, and bounds the words of a conversation; `pace_s` lies between
+    two streamed tokens. With `accepted`, /metrics counts a draft an answer, with so many tokens accepted.
+
     `score` gives, for the words of a text, what is listed at each: word to log-probability, the word itself
     among them. The text of a conversation is all that was said in it.
     """
@@ -33,7 +36,17 @@ class LoopbackChat:
         model: str = "model",
         max_characters: int | None = None,
         score: Callable[[list[str]], list[dict[str, float]]] | None = None,
+        max_model_len: int | None = None,
+        pace_s: float = 0.001,
+        accepted: int | None = None,
+        api_key: str | None = None,
     ) -> None:
+        self.max_model_len, self.pace_s, self.accepted, self.api_key = (
+            max_model_len,
+            pace_s,
+            accepted,
+            api_key,
+        )
         self.answer, self.faults, self.model, self.max_characters = answer, faults, model, max_characters
         self.score = score
         self.asked: Counter[str] = Counter()
@@ -50,10 +63,21 @@ class LoopbackChat:
                 pass
 
             def do_GET(self) -> None:
-                self._send(200, {"data": [{"id": owner.model}]})
+                if self.path == "/metrics" and owner.accepted is not None:
+                    self._send(200, owner._counters())
+                elif self._may():
+                    self._send(200, {"data": [{"id": owner.model, "max_model_len": owner.max_model_len}]})
+
+            def _may(self) -> bool:
+                known = owner.api_key is None or self.headers["Authorization"] == f"Bearer {owner.api_key}"
+                if not known:
+                    self._send(401, {"error": "Unauthorized"})
+                return known
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if not self._may():
+                    return
                 with owner._lock:
                     owner.busy += 1
                     owner.most_busy = max(owner.most_busy, owner.busy)
@@ -123,6 +147,11 @@ class LoopbackChat:
         if self.max_characters is not None and len(message) > self.max_characters:
             handler._send(400, {"error": {"message": "longer than the model's maximum context length"}})
             return
+        words = len(" ".join(m["content"] for m in body.get("messages", ())).split())
+        if self.max_model_len is not None and words >= self.max_model_len:
+            said = f"This model's maximum context length is {self.max_model_len} tokens"
+            handler._send(400, {"error": {"message": said}})
+            return
         if self.score is not None and ("prompt_logprobs" in body or body.get("echo")):
             turns = [m["content"] for m in body.get("messages", ())] or [body["prompt"]]
             handler._send(200, self._scored(" ".join(turns).split(), body))
@@ -131,7 +160,10 @@ class LoopbackChat:
         tokens = [(w, -0.01, [(w, -0.01)]) for w in said.split(" ")] if isinstance(said, str) else said
         text = said if isinstance(said, str) else "".join(t for t, _, _ in tokens)
         if body.get("stream"):
-            self._stream(handler, tokens)
+            texts = [t for t, _, _ in tokens]
+            if isinstance(said, str):
+                texts = [texts[0], *(f" {t}" for t in texts[1:])]
+            self._stream(handler, texts, words)
             return
         choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         if body.get("logprobs"):
@@ -168,15 +200,24 @@ class LoopbackChat:
             return {**found, "choices": [{**choice, "message": {"role": "assistant", "content": ""}}]}
         return {"choices": [choice | found]}
 
-    def _stream(self, handler: Any, tokens: list[Token]) -> None:
+    def _counters(self) -> bytes:
+        lines = []
+        for name, count in (("drafts", 1), ("accepted_tokens", self.accepted or 0)):
+            total = f"vllm:spec_decode_num_{name}_total"
+            lines += [f"# TYPE {total} counter", f"{total} {count * sum(self.asked.values())}.0"]
+        return "\n".join(lines).encode()
+
+    def _stream(self, handler: Any, texts: list[str], prompt_tokens: int) -> None:
         handler.send_response(200)
         handler.send_header("Connection", "close")
         handler.end_headers()
-        pieces: list[dict[str, Any]] = [{"choices": [{"delta": {"content": t}}]} for t, _, _ in tokens]
-        pieces.append({"choices": [], "usage": {"completion_tokens": len(tokens)}})
+        pieces: list[dict[str, Any]] = [{"choices": [{"delta": {"content": t}}]} for t in texts]
+        pieces.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(texts)}
+        pieces.append({"choices": [], "usage": usage})
         for piece in pieces:
             handler.wfile.write(b"data: " + json.dumps(piece).encode() + b"\n\n")
             handler.wfile.flush()
-            time.sleep(0.001)
+            time.sleep(self.pace_s)
         handler.wfile.write(b"data: [DONE]\n\n")
         handler.close_connection = True

@@ -21,9 +21,10 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner
-from serve_files import CONTEXTS, speculative, write_bundle
+from serve_files import CONTEXTS, SERVE_FILE, speculative, write_bundle
 
 import packager.nano
+from packager.cli.chat import command as chat
 from packager.cli.serve import command as serve
 from packager.context import extend
 from packager.errors import BadInput, RemoteFailure, UsageProblem
@@ -280,6 +281,11 @@ def test_death_in_service_is_noticed(program: Any) -> None:
             server.metrics()
 
 
+def test_an_address_of_ip_version_6_is_written_in_brackets(tmp_path: Path) -> None:
+    server = Server(ServeSpec(NANO), tmp_path / "log", host="::", port=8000)
+    assert server.url == "http://[::1]:8000"
+
+
 def test_a_port_in_use_is_refused_before_anything_starts(program: Any, tmp_path: Path) -> None:
     (tmp_path / "engine.log").write_text("")
     with socket.socket() as holder:
@@ -316,6 +322,55 @@ def test_a_killed_owner_leaves_no_server_behind(tmp_path: Path) -> None:
     owner.kill()
     owner.communicate()
     assert "child" in log.read_text()
+    assert not alive(log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "signals", "code", "says"),
+    [
+        ("serves", [signal.SIGHUP], 0, "stopping"),
+        ("serves", [signal.SIGTERM], 0, "stopping"),
+        ("stubborn", [signal.SIGINT, signal.SIGINT], 130, "killed"),
+        ("hangs", [signal.SIGINT], 130, "stopped before it served"),
+        ("serves", [], 6, "error: the engine ended with exit code 143"),
+    ],
+)
+def test_the_verb_ends_as_it_is_told(
+    mode: str, signals: list[signal.Signals], code: int, says: str, tmp_path: Path
+) -> None:
+    """By each signal; a second interrupt does not wait for an engine that takes its time to stop."""
+    log = tmp_path / "engine.log"
+    script = textwrap.dedent(f"""\
+        import sys
+        from packager.cli import run
+        from packager.serving import server
+        server.vllm_command = lambda spec, *, host, port: [
+            sys.executable, "-c", {ENGINE!r}, str(port), {mode!r}]
+        sys.exit(run(["serve", {str(NANO)!r}, "--port", "{free_port()}", "--log", {str(log)!r}, "--json",
+                      "--host", "0.0.0.0"]))
+        """)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    if mode == "hangs":
+        while not log.exists() or "child" not in log.read_text():
+            time.sleep(0.05)
+    else:
+        assert json.loads(owner.stdout.readline())["kind"] == "server"
+    for signum in signals:
+        owner.send_signal(signum)
+        time.sleep(1.0)
+    if not signals:  # the engine dies later
+        [child] = [
+            p for p in psutil.Process(owner.pid).children(recursive=True) if ENGINE in p.cmdline()[2:3]
+        ]
+        child.terminate()
+    _, errors = owner.communicate(timeout=60)
+    assert owner.returncode == code, errors
+    assert says in errors
+    assert "warning: whoever reaches 0.0.0.0" in errors
     assert not alive(log)
 
 
@@ -417,6 +472,7 @@ def test_an_fp8_bundle_is_served_at_both_lengths_until_interrupted(tmp_path: Pat
     question = "Weight 57 kg. Order: amoxicillin 25 mg/kg. What is the dose?"
 
     with served(bundle, cache, "--context", "native") as found:
+        assert found["profile"] in SERVE_FILE["profiles"]
         assert found["weights_served"] == ("native" if native else "dequantized")
         assert (found["context"], found["max_model_len"]) == ("native", 512)
         assert (cache / "dequantized").exists() is not native
@@ -426,6 +482,11 @@ def test_an_fp8_bundle_is_served_at_both_lengths_until_interrupted(tmp_path: Pat
     with served(bundle, cache) as found:
         assert (found["context"], found["max_model_len"]) == ("extended", 2048)
         extended = logprobs(ask(found["url"], "nano", question))
+        talk = CliRunner().invoke(chat, ["--url", found["url"], "--once", question, "--json"])
+        [answer] = json.loads(talk.stdout)["answers"]
+        assert answer["answer"].startswith("".join(token for token, _ in extended[:-1]))
+        assert answer["prompt_tokens"] + answer["completion_tokens"] < 2048
+        assert json.loads(talk.stdout)["max_model_len"] == 2048
         assert ask(found["url"], "nano", "dose " * 600)["usage"]["prompt_tokens"] > 600
     assert native or len(list((cache / "dequantized").iterdir())) == 1
     with served(plain, cache) as found:

@@ -301,7 +301,7 @@ class Endpoint:
                     self._not_before = time.monotonic() + min(reply.retry_after_s, LONGEST_WAIT_S)
                 continue
             if reply.status != 200:
-                if job.too_long is not None and _too_long(reply):
+                if job.too_long is not None and says_too_long(reply.status, reply.body):
                     return job.too_long(seconds)
                 raise self._rejection(connections, reply, job)
             try:
@@ -404,8 +404,9 @@ def _refusal(identity: str, seconds: float) -> Completion:
     )  # fmt: skip
 
 
-def _too_long(reply: Reply) -> bool:
-    said = reply.body.decode(errors="replace").lower()
-    return reply.status in (400, 413, 422) and any(
+def says_too_long(status: int, body: bytes) -> bool:
+    """Whether a server's reply means that the prompt is longer than its context."""
+    said = body.decode(errors="replace").lower()
+    return status in (400, 413, 422) and any(
         phrase in said for phrase in ("context length", "max_model_len", "model length", "too long")
     )

@@ -8,9 +8,7 @@ the first token.
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,7 +20,8 @@ from validation.bench_client import BenchClient
 from validation.document import Document, digest_of, resolve_url
 from validation.endpoint import Target
 from validation.environment import collect_environment
-from validation.errors import MeasurementError, ServerUnreachable
+from validation.errors import MeasurementError
+from validation.streaming import stream_chat
 from validation.throughput_cell import (
     Acceptance,
     Cell,
@@ -237,13 +236,13 @@ def measure_decode_speed(
         pass
     speeds, firsts = [], []
     with httpx.Client(base_url=resolve_url(target.url), timeout=timeout_s, trust_env=False) as client:
-        _stream(client, target.model, conversations[0], output_tokens)
+        stream_chat(client, target.model, conversations[0], max_tokens=output_tokens)
         for _ in range(repeats):
             tokens, seconds = 0, 0.0
             for conversation in conversations:
-                count, first, rest = _stream(client, target.model, conversation, output_tokens)
-                firsts.append(1000 * first)
-                tokens, seconds = tokens + max(0, count - 1), seconds + rest
+                answer = stream_chat(client, target.model, conversation, max_tokens=output_tokens)
+                firsts.append(1000 * answer.first_s)
+                tokens, seconds = tokens + max(0, answer.completion_tokens - 1), seconds + answer.rest_s
             if tokens == 0 or seconds <= 0:
                 raise MeasurementError(
                     f"{target.label}: no answer had two tokens; decode speed cannot be measured"
@@ -262,44 +261,6 @@ def measure_decode_speed(
     )
     write_json(path, result.model_dump(mode="json"))
     return result
-
-
-def _stream(
-    client: httpx.Client, model: str, messages: list[dict[str, str]], output_tokens: int
-) -> tuple[int, float, float]:
-    """Tokens, seconds to the first piece of text, seconds from the first piece to the last."""
-    body = {
-        "model": model,
-        "messages": messages,
-        "max_tokens": output_tokens,
-        "temperature": 0.0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    tokens, first, last = 0, None, 0.0
-    began = time.perf_counter()
-    try:
-        with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                said = " ".join(response.read().decode(errors="replace").split())[:300]
-                raise MeasurementError(f"{client.base_url} answers HTTP {response.status_code}: {said}")
-            for line in response.iter_lines():
-                if not line.startswith("data:") or line.endswith("[DONE]"):
-                    continue
-                piece = json.loads(line.removeprefix("data:"))
-                if any(c["delta"].get("content") for c in piece.get("choices", ())):
-                    last = time.perf_counter()
-                    first = last if first is None else first
-                if piece.get("usage"):
-                    tokens = piece["usage"]["completion_tokens"]
-    except httpx.TransportError as err:
-        raise ServerUnreachable(
-            f"{client.base_url} broke off a streamed answer: {type(err).__name__}: {err}",
-            "See the server's log.",
-        ) from None
-    if first is None:
-        return 0, time.perf_counter() - began, 0.0
-    return tokens, first - began, last - first
 
 
 def _matched_lengths(match: ThroughputRun | None, concurrency: int) -> list[int] | None:

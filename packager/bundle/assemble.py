@@ -33,9 +33,11 @@ from packager.bundle.lock import LOCK_NAME, Lock, build_lock
 from packager.bundle.serve_profiles import (
     HOST,
     PORT,
+    ServedBytes,
     measured_speculation,
     profiles,
     serve_yaml,
+    served_bytes,
     served_name,
 )
 from packager.bundle.signature import SIGNATURE_NAME, open_signature, private_fingerprint, sign
@@ -138,6 +140,7 @@ def _assemble(
             raise BadInput(f"{folders['context']} has no config.json: it is not a checkpoint")
         writer.write_text(LOCK_NAME, lock.dumps())
         measured = measured_speculation(lock.stages["evidence"].manifest.metrics)
+        served = _served_bytes(folders, progress)
         writer.write_text(
             "serve.yaml",
             serve_yaml(
@@ -146,6 +149,7 @@ def _assemble(
                 measured=measured,
                 trained_length=lock.trained_length,
                 claim=measured_context(recipe, folders["evidence"]),
+                served=served,
             ),
         )
         assert lock.card is not None
@@ -155,6 +159,15 @@ def _assemble(
         return writer.seal(
             {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}
         )
+
+
+def _served_bytes(folders: dict[str, Path], progress: Callable[[str], None]) -> ServedBytes | None:
+    """What serving takes; None, and said, for an architecture that is not known here."""
+    try:
+        return served_bytes(folders["context"], folders.get("draft"))
+    except BadInput as err:
+        progress(f"serve.yaml names no memory needed: {err.message}")
+        return None
 
 
 def _stage_files(

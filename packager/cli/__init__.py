@@ -34,6 +34,7 @@ VERBS: dict[str, str] = {
     "bundle": "Assemble, document, lock and sign a release.",
     "verify": "Check a bundle byte by byte, or quantized weights against their source.",
     "serve": "Serve a bundle or checkpoint with its settings.",
+    "chat": "Talk to a bundle or a running server, with the speed of each answer.",
     "publish": "Upload a bundle as one transaction, or rehearse it.",
     "keys": "Make a signing key.",
 }

@@ -1,46 +1,45 @@
-"""`packager serve`: serve a bundle or checkpoint with vLLM until it is interrupted."""
+"""`packager serve`: serve a bundle or checkpoint with vLLM or SGLang until it is interrupted."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
 from packager.cli import options
+from packager.cli.starting import (
+    API_KEY,
+    Chosen,
+    Wanted,
+    api_key,
+    choose,
+    is_loopback,
+    say,
+    server_for,
+    signals_interrupt,
+    starting_options,
+)
+from packager.errors import UsageProblem
 
 if TYPE_CHECKING:
-    from packager.serving.serve_file import Context
     from packager.serving.server import Server
+
+_INTERRUPTED = 130
 
 
 @click.command(name="serve")
 @click.argument("bundle")
+@click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
-@click.option("--profile", help="A profile of the bundle. Default: the one for this machine.")
-@click.option("--draft/--no-draft", "with_draft", default=True, help="Decode with the bundle's EAGLE3 draft.")
+@starting_options
 @click.option(
-    "--context",
-    metavar="NAME|TOKENS",
-    help="native (as trained), extended, or a number of tokens, served as trained where that reaches. "
-    "Default: the bundle's.",
-)
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    help="Where dequantized weights are kept. Default: ~/.cache/moe-packager.",
-)
-@click.option("--log", type=click.Path(path_type=Path), help="vLLM's log. Default: in the cache.")
-@click.option(
-    "--startup-timeout", type=click.FloatRange(min=1), default=1800, show_default=True, help="Seconds."
+    "--api-key-env",
+    metavar="NAME",
+    help=f"Environment variable with the key that clients must send. Default: {API_KEY}, if it is set.",
 )
 @click.option("--print-command", is_flag=True, help="Print the engine's command and start nothing.")
 @options.as_json
@@ -48,60 +47,79 @@ def command(
     bundle: str,
     host: str,
     port: int,
-    profile: str | None,
-    with_draft: bool,
-    context: str | None,
-    cache: Path | None,
-    log: Path | None,
-    startup_timeout: float,
+    wanted: Wanted,
+    api_key_env: str | None,
     print_command: bool,
     as_json: bool,
-) -> None:
-    """Serve BUNDLE (a bundle's or checkpoint's folder) through vLLM's OpenAI interface.
+) -> int:
+    """Serve BUNDLE (a bundle's or checkpoint's folder) through an OpenAI-compatible interface.
 
-    Prints the address once the engine is healthy and runs until interrupted. On a processor without FP8
-    kernels the weights are dequantized to BF16 first, into the cache.
+    Takes the profile of the bundle that fits this machine, prints the address once the engine is healthy, and
+    runs until interrupted; a second interrupt kills it. On a processor without FP8 kernels the weights are
+    dequantized to BF16 first, into the cache. Arguments after `--` go to the engine as they are.
     """
-    from packager.checkpoint.source import locate
-    from packager.release.served import cache_directory, servable
-    from packager.serving.engine import vllm_command
-    from packager.serving.server import Server, claim_port
-
-    cache = (cache or cache_directory()).resolve()
-    found = servable(locate(bundle), profile=profile, with_draft=with_draft, context=context, cache=cache)
+    if wanted.engine_arguments and not wanted.engine_arguments[0].startswith("-"):
+        raise UsageProblem(
+            f"{wanted.engine_arguments[0]!r} is no option of the engine",
+            "Give one BUNDLE; quote spaces in it.",
+        )
+    chosen = choose(bundle, wanted, start=not print_command)
     if print_command:
-        arguments = vllm_command(found.spec(make=found.ready), host=host, port=port)
-        document = {"kind": "serve command", "command": arguments}
-        click.echo(json.dumps(document, indent=2) if as_json else shlex.join(arguments))
-        if not found.ready:
-            later = "without --print-command the weights are dequantized to that folder"
-            click.echo(f"{found.why_dequantized}; {later}", err=True)
-        return
-    claim_port(host, port)  # before weights are converted for a server that could not start
-    spec = found.spec(lambda line: click.echo(line, err=True))
-    server = Server(spec, log or cache / "serve.log", port=port, host=host, startup_timeout_s=startup_timeout)
-    click.echo(f"starting vLLM (log: {server.log})", err=True)
-    with _signals_interrupt(), server:
-        try:
-            _announce(server, "dequantized" if found.why_dequantized else "native", found.context, as_json)
-            code = server.wait()
-        except KeyboardInterrupt:
-            click.echo("stopping", err=True)
-            return
-        raise server.failure(f"the engine ended with exit code {code}")
+        _print_command(chosen, wanted, host, port, as_json)
+        return 0
+    key = api_key(api_key_env)
+    if key is None and not is_loopback(host):
+        say(f"warning: whoever reaches {host}:{port} may use it: there is no API key (see --api-key-env)")
+    serving = False
+    try:
+        with (
+            signals_interrupt(),
+            server_for(chosen, wanted, name="serve", host=host, port=port, key=key) as server,
+        ):
+            serving = True
+            try:
+                _announce(server, chosen, (api_key_env or API_KEY) if key else None, as_json)
+                code = server.wait()
+            except KeyboardInterrupt:
+                say("stopping")
+                return 0
+            raise server.failure(f"the engine ended with exit code {code}", code)
+    except KeyboardInterrupt:
+        say("killed" if serving else "stopped before it served")
+        return _INTERRUPTED
 
 
-def _announce(server: Server, weights: str, length: Context, as_json: bool) -> None:
-    spec = server.spec
+def _print_command(chosen: Chosen, wanted: Wanted, host: str, port: int, as_json: bool) -> None:
+    from packager.serving.engine import sglang_command, vllm_command
+
+    found = chosen.found
+    spec = found.spec(make=found.ready)
+    if wanted.engine == "sglang":
+        arguments = sglang_command(spec, host=host, port=port)
+    else:
+        arguments = vllm_command(spec, host=host, port=port, target=chosen.target)
+    document = {"kind": "serve command", "profile": chosen.profile, "command": arguments}
+    click.echo(json.dumps(document, indent=2) if as_json else shlex.join(arguments))
+    if not found.ready:
+        say(f"{found.why_dequantized}; without --print-command the weights are dequantized to that folder")
+
+
+def _announce(server: Server, chosen: Chosen, key_name: str | None, as_json: bool) -> None:
+    spec, length = server.spec, chosen.context
+    weights = "dequantized" if chosen.found.why_dequantized else "native"
     if as_json:
         document = {
             "kind": "server",
             "url": f"{server.url}/v1",
             "model": spec.served_name,
+            "engine": server.engine,
+            "engine_version": chosen.version,
+            "profile": chosen.profile,
             "weights_served": weights,
             "draft": spec.draft is not None,
             "context": length.name,
             "max_model_len": length.max_model_len or spec.max_model_len,
+            "api_key": key_name is not None,
             "startup_s": round(server.startup_s or 0.0, 2),
             "log": str(server.log),
         }
@@ -117,20 +135,8 @@ def _announce(server: Server, weights: str, length: Context, as_json: bool) -> N
         f"serving {spec.served_name} at {server.url}/v1 (weights {weights}{context}); interrupt to stop\n"
     )
     click.echo(f"  curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' \\")
+    if key_name:
+        click.echo(f'    -H "Authorization: Bearer ${key_name}" \\')
     click.echo(f"    -d {shlex.quote(json.dumps(question))}\n")
+    click.echo(f"  packager chat --url {server.url}\n")
     sys.stdout.flush()
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, and Ctrl-C itself even where the shell has it ignored (`&`)."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise KeyboardInterrupt
-
-    previous = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

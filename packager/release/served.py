@@ -17,6 +17,7 @@ from packager.artifact import MANIFEST_NAME, is_sealed, read_manifest
 
 if TYPE_CHECKING:
     from packager.serving import Server, ServeSpec
+    from packager.serving.cpu import Device
     from packager.serving.serve_file import Context
     from validation.endpoint import Target
 
@@ -125,8 +126,9 @@ def servable(
     with_draft: bool = True,
     context: str | None = None,
     cache: Path | None = None,
+    target: Device | None = None,
 ) -> Servable:
-    """How a bundle's or checkpoint's folder is served on this machine.
+    """How a bundle's or checkpoint's folder is served on `target`; None: on this machine.
 
     Raises:
         BadInput: neither a bundle nor a checkpoint.
@@ -136,12 +138,13 @@ def servable(
     from packager.serving.serve_file import context_for, is_fp8, spec_for
 
     directory = directory.resolve()
-    spec = spec_for(directory, profile=profile, with_draft=with_draft)
+    spec = spec_for(directory, profile=profile, with_draft=with_draft, target=target)
     length = context_for(directory, context)
     if length.max_model_len is not None:
         spec = replace(spec, max_model_len=length.max_model_len)
     spec.check()
-    runs, reason = fp8_runs_here()
+    # GPUs serve every form that is made here as it is stored.
+    runs, reason = (True, "") if target == "cuda" else fp8_runs_here()
     return Servable(
         stored=spec,
         context=length,

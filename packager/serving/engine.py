@@ -121,7 +121,9 @@ def vllm_command(
     return [*command, *spec.extra_args]
 
 
-def sglang_command(spec: ServeSpec, *, host: str = "127.0.0.1", port: int = 8000) -> list[str]:
+def sglang_command(
+    spec: ServeSpec, *, host: str = "127.0.0.1", port: int = 8000, python: str = "python"
+) -> list[str]:
     """The SGLang command line that serves `spec` on GPUs (options of 0.5.23).
 
     SGLang has no draft lengths by batch and no length from which it stops drafting: `num_speculative_tokens`
@@ -129,7 +131,7 @@ def sglang_command(spec: ServeSpec, *, host: str = "127.0.0.1", port: int = 8000
     """
     if spec.extra_args or spec.synthetic_acceptance_length is not None:
         raise BadInput("arguments for vLLM cannot be handed to SGLang", "Leave out the extra arguments.")
-    command = ["python", "-m", "sglang.launch_server", "--model-path", str(spec.model)]
+    command = [python, "-m", "sglang.launch_server", "--model-path", str(spec.model)]
     command += ["--served-model-name", spec.served_name, "--host", host, "--port", str(port)]
     if spec.max_model_len is not None:
         command += ["--context-length", str(spec.max_model_len)]

@@ -2,8 +2,8 @@
 
 A server must not outlive a release that was killed: it would hold the port, the memory and the processor
 that the next run measures with. When the pipe closes, whether by `Server.stop` or because the owner died, the
-command gets SIGINT, then SIGTERM, then SIGKILL. However it ends, nothing of its process group outlives it.
-Standard library only: it starts in milliseconds.
+command gets SIGINT, then SIGTERM, then SIGKILL; a SIGTERM to this program kills it at once. However it ends,
+nothing of its process group outlives it. Standard library only: it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def main() -> int:
     """Exit code of the command; 128 + signal if one ended it."""
     # A shell's background job ignores SIGINT, and so would the command, which is to be ended by it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: _kill(process))
 
     def watch() -> None:
         while os.read(0, 4096):
@@ -43,8 +49,7 @@ def main() -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     code = process.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill(process)
     return code if code >= 0 else 128 - code
 
 

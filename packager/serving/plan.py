@@ -60,6 +60,11 @@ class ModelBytes:
         """Tokens whose KV cache takes `space` bytes in all. Engines round down to whole blocks of tokens."""
         return max(0, int(space / self.kv_per_token))
 
+    def kv_per_card(self, ways: int) -> float:
+        """KV cache of one token on each of `ways` cards: each holds one KV head at least."""
+        keys = self.layout.shape["kv_heads"]
+        return self.kv_per_token * max(1, keys // ways) / keys
+
 
 def layout_of(config: Config) -> Model:
     """The declared architecture of a config, with its sizes."""
@@ -282,11 +287,8 @@ def fit(model: ModelBytes, hardware: Hardware, context: int) -> Fit:
     """Lay a model on hardware. It fits if one request of `context` tokens does."""
     ways = hardware.count
     per_card = (model.weights + model.draft) / ways
-    # A KV head is not split: with more cards than KV heads each card still holds one.
-    keys = model.layout.shape["kv_heads"]
-    heads = max(1, keys // ways)
     room = hardware.usable_per_card - per_card
-    tokens = model.tokens_in(room * keys / heads)
+    tokens = model.tokens_in(room * model.kv_per_token / model.kv_per_card(ways))
     problem = split_problem(model.layout, ways, model.precision)
     if problem is None and room <= 0:
         problem = (

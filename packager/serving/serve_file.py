@@ -14,6 +14,7 @@ from packager.errors import BadInput, UsageProblem
 from packager.recipe import SpeculationRange, check_speculation
 from packager.serving.cpu import Device, device
 from packager.serving.engine import ServeSpec
+from packager.serving.needs import Needs
 
 SERVE_NAME = "serve.yaml"
 
@@ -28,6 +29,8 @@ class Profile(BaseModel):
     speculation: tuple[SpeculationRange, ...] = ()
     """Draft tokens by number of requests; without it `num_speculative_tokens` for any number."""
     speculation_max_context: int | None = Field(default=None, gt=0)
+    needs: Needs | None = None
+    """None: the file says nothing of it, as those of older releases."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Profile:
@@ -46,6 +49,16 @@ class ContextProfile(BaseModel):
     same weights; see `packager.context.trained_view`."""
 
 
+class ContextMeasured(BaseModel):
+    """How far the evidence bears the extended context out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    tokens: int | None = Field(default=None, ge=0)
+    """Records up to here were read rightly; None: no length was."""
+    min_accuracy: float | None = None
+
+
 class ServeFile(BaseModel):
     """serve.yaml of a bundle, as far as serving needs it."""
 
@@ -61,6 +74,7 @@ class ServeFile(BaseModel):
     max_model_len: int | None = Field(default=None, gt=0)
     contexts: dict[str, ContextProfile] = {}
     default_context: str | None = None
+    context_measured: ContextMeasured | None = None
     default_profile: str
     profiles: dict[str, Profile]
 
@@ -91,10 +105,17 @@ def read_serve_file(path: Path) -> ServeFile:
     return found
 
 
-def spec_for(directory: Path, *, profile: str | None = None, with_draft: bool = True) -> ServeSpec:
-    """How `directory` is served on this machine.
+def spec_for(
+    directory: Path,
+    *,
+    profile: str | None = None,
+    with_draft: bool = True,
+    target: Device | None = None,
+) -> ServeSpec:
+    """How `directory` is served on `target`; None: on this machine.
 
-    A bundle's default profile is taken if it is for this device, else the first that is.
+    A bundle's default profile is taken if it is for that device, else the first that is; whether it fits,
+    `packager.serving.choose` says.
 
     Raises:
         BadInput: neither a bundle nor a checkpoint.
@@ -113,7 +134,8 @@ def spec_for(directory: Path, *, profile: str | None = None, with_draft: bool = 
             )
         return ServeSpec(model=directory)
     found = read_serve_file(path)
-    chosen = found.profiles[_profile_name(found, profile, path)]
+    kind = target or device()
+    chosen = found.profiles[_profile_name(found, profile, path, kind)]
     return ServeSpec(
         model=directory / found.model,
         served_name=found.served_name,
@@ -122,7 +144,7 @@ def spec_for(directory: Path, *, profile: str | None = None, with_draft: bool = 
         speculation=chosen.speculation,
         speculation_max_context=chosen.speculation_max_context,
         max_model_len=found.max_model_len,
-        tensor_parallel=chosen.tensor_parallel if device() == "cuda" else 1,
+        tensor_parallel=chosen.tensor_parallel if kind == "cuda" else 1,
     )
 
 
@@ -178,7 +200,7 @@ def context_for(directory: Path, wanted: str | None = None) -> Context:
     return Context(name, tokens or chosen.max_model_len, chosen.rotary == "trained")
 
 
-def _profile_name(found: ServeFile, wanted: str | None, path: Path) -> str:
+def _profile_name(found: ServeFile, wanted: str | None, path: Path, kind: Device) -> str:
     if wanted is not None or found.default_profile not in found.profiles:
         if wanted in found.profiles:
             return str(wanted)
@@ -186,11 +208,9 @@ def _profile_name(found: ServeFile, wanted: str | None, path: Path) -> str:
             f"{path} has no profile {wanted or found.default_profile!r}",
             f"It has: {', '.join(found.profiles)}.",
         )
-    if found.profiles[found.default_profile].device == device():
+    if found.profiles[found.default_profile].device == kind:
         return found.default_profile
-    return next(
-        (name for name, one in found.profiles.items() if one.device == device()), found.default_profile
-    )
+    return next((name for name, one in found.profiles.items() if one.device == kind), found.default_profile)
 
 
 def is_fp8(model: Path) -> bool:

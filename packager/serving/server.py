@@ -9,30 +9,22 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from packager.errors import RemoteFailure, UsageProblem
 from packager.serving import guard
-from packager.serving.engine import ServeSpec, server_environment, vllm_command
+from packager.serving.engine import ServeSpec, server_environment, sglang_command, vllm_command
+from packager.serving.engine_log import StartupProgress, log_cause, memory_trouble
+from packager.serving.installed import Engine
 
 _QUIET = ("--disable-uvicorn-access-log",)  # a line a request would fill the tail that errors show
 TAIL_LINES = 20
 """Lines of a log that an error shows."""
 _POLL_S = 0.1
-# A Python exception as vLLM logs it, with or without its process and level prefix.
-_EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception|Interrupt)): (.+)")
-_LOG_PREFIX = re.compile(r"^\(\w+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]+\] )?")
-# What the API server says after the engine has died: the cause stands above it.
-_AFTERMATH = (
-    "Engine core initialization failed",
-    "Failed core proc",
-    "EngineDeadError",
-    "WorkerProc initialization",
-)
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*?)(?:_total)?(?:\{(.*)\})? (\S+)$")
 _POSITION = re.compile(r'position="(\d+)"')
 
@@ -51,9 +43,13 @@ class EngineFailed(RemoteFailure):
         self.log = log
 
 
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
@@ -61,7 +57,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def claim_port(host: str, port: int) -> None:
     """Raise UsageProblem if `port` is taken. vLLM would not notice another vLLM: it sets SO_REUSEPORT."""
-    with socket.socket() as probe:
+    with socket.socket(_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -70,20 +66,6 @@ def claim_port(host: str, port: int) -> None:
                 f"cannot listen on {host}:{port}: {err.strerror}",
                 "Choose another port, or stop the program that holds this one.",
             ) from None
-
-
-def log_cause(text: str) -> str | None:
-    """The exception that ended a server, picked out of its log: the last that is not merely its aftermath."""
-    found, unfinished = None, False
-    for line in text.splitlines():
-        match = _EXCEPTION.search(line)
-        if match:
-            unfinished = not any(phrase in line for phrase in _AFTERMATH) and line.rstrip().endswith(":")
-            if not any(phrase in line for phrase in _AFTERMATH):
-                found = f"{match[1]}: {match[2]}".strip()
-        elif unfinished and found:  # "…. Reasons:" and the first of them on the next line
-            found, unfinished = f"{found} {_LOG_PREFIX.sub('', line).strip()}", False
-    return found
 
 
 def parse_counters(exposition: str) -> dict[str, float]:
@@ -109,8 +91,16 @@ def parse_counters(exposition: str) -> dict[str, float]:
     return sums
 
 
+def fetch_counters(url: str, *, timeout_s: float = 30) -> dict[str, float]:
+    """The Prometheus counters of the server at `url` (without /v1), see `parse_counters`. Raises OSError."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=timeout_s) as reply:
+        return parse_counters(reply.read().decode())
+
+
 class Server:
-    """A vLLM server for `spec`, a context manager; it is healthy when `__enter__` returns.
+    """A server of `engine` for `spec`, a context manager; it is healthy when `__enter__` returns.
+
+    An interrupt while it stops kills it at once, and is raised again.
 
     Raises (from start):
         BadInput: model or draft is not a checkpoint directory.
@@ -126,8 +116,13 @@ class Server:
         port: int | None = None,
         host: str = "127.0.0.1",
         startup_timeout_s: float = 300,
+        engine: Engine = "vllm",
+        say: Callable[[str], None] | None = None,
     ) -> None:
+        """`say` is told how far the start is, as its log says."""
         self.spec = spec
+        self.engine = engine
+        self._say = say
         self.log = log
         self.host = host
         self.port = port or 0
@@ -139,8 +134,8 @@ class Server:
     @property
     def url(self) -> str:
         """Base address, without `/v1`."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def start(self) -> Server:
         """Launch the server and wait until it is healthy."""
@@ -152,8 +147,7 @@ class Server:
         else:
             self.port = free_port(self.host)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        spec = replace(self.spec, extra_args=(*self.spec.extra_args, *_QUIET))
-        command = vllm_command(spec, host=self.host, port=self.port)
+        command = self._command()
         began = time.monotonic()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -173,9 +167,21 @@ class Server:
         self.startup_s = time.monotonic() - began
         return self
 
+    def _command(self) -> list[str]:
+        if self.engine == "sglang":
+            return sglang_command(self.spec, host=self.host, port=self.port, python=sys.executable)
+        spec = replace(self.spec, extra_args=(*self.spec.extra_args, *_QUIET))
+        command = vllm_command(spec, host=self.host, port=self.port)
+        # The environment may not be activated: take the command that was installed beside this package.
+        script = Path(sys.executable).with_name("vllm")
+        return [str(script), *command[1:]] if command[0] == "vllm" and script.exists() else command
+
     def _await_health(self, deadline: float) -> None:
+        progress = StartupProgress(self.log, self._say) if self._say else None
         while True:
             self.check_alive()
+            if progress is not None:
+                progress.look()
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
             if time.monotonic() > deadline:
@@ -193,12 +199,14 @@ class Server:
     def failure(self, what: str, exit_code: int | None = None) -> EngineFailed:
         """The error to raise when `what` has happened, with the cause and the tail of the log."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        cause = log_cause(text)
+        cause, advice = log_cause(text), ""
+        if trouble := memory_trouble(text, exit_code):
+            cause, advice = trouble[0], trouble[1] + " "
         tail = "\n".join("  | " + line for line in self.log_tail())
         message = f"{what} while serving {self.spec.model}" + (f": {cause}" if cause else "")
         return EngineFailed(
             f"{message}\n{tail}",
-            f"The whole log is {self.log}.",
+            f"{advice}The whole log is {self.log}.",
             exit_code=exit_code,
             cause=cause,
             log=text,
@@ -225,18 +233,24 @@ class Server:
             return
         assert process.stdin is not None
         process.stdin.close()  # the guard ends the server when this pipe closes
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=4 * guard.PATIENCE_S)
-        process.kill()  # nothing, unless the guard itself hangs
-        process.wait()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=4 * guard.PATIENCE_S)
+        except KeyboardInterrupt:
+            process.terminate()  # the guard kills all of it at once
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=guard.PATIENCE_S)
+            raise
+        finally:
+            process.kill()  # nothing, unless the guard itself hangs
+            process.wait()
 
     def metrics(self) -> dict[str, float]:
         """vLLM's Prometheus counters now, see `parse_counters`; e.g. `vllm:spec_decode_num_drafts`."""
         self.check_alive()
         try:
-            with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
-                return parse_counters(reply.read().decode())
-        except (OSError, urllib.error.URLError) as err:
+            return fetch_counters(self.url)
+        except OSError as err:
             self.check_alive()
             raise RemoteFailure(f"no metrics from {self.url}: {err}") from err
 
