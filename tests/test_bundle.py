@@ -149,14 +149,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "code": (lambda b: (b / "modeling.py").write_text("1"), r"modeling\.py: code, pickles", True),
     "pickle": (lambda b: (b / "state.pt").write_bytes(b"\x80\x04"), r"state\.pt: code, pickles", True),
     "pickle as weights": (
-        lambda b: (b / "x.safetensors").write_bytes(b"\x80\x04" + bytes(300)), r"no safetensors file", True,
+        lambda b: (b / "x.safetensors").write_bytes(b"\x80\x04" + bytes(300)), r"x\.safetensors: it is no safetensors", True,
     ),
     "pickle as text": (lambda b: (b / "x.txt").write_bytes(b"\x80\x04\x95"), r"x\.txt: it is a pickle", True),
     "huge header": (
         lambda b: (b / "x.safetensors").write_bytes((10**10).to_bytes(8, "little") + bytes(64)),
         "the header claims", True,
     ),
-    "look-alike": (lambda b: (b / "config\u200b.json").write_text("{}"), "invisible characters", True),
+    "look-alike": (lambda b: (b / "config\u200b.json").write_text("{}"), "U\\+200B ZERO WIDTH SPACE", True),
     "own weights": (
         lambda b: shutil.copyfile(b / "draft/model.safetensors", b / "model-00003-of-00002.safetensors"),
         "not the file of the stage", True,

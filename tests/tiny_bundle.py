@@ -86,7 +86,9 @@ def make_stages(
     fp8 = root / "fp8"
     with ArtifactWriter(fp8, stage="fp8", recipe_digest="sha256:r", inputs={"source": SOURCE_DIGEST}) as w:
         for name, tensor in shards.items():
-            w.write_bytes(name, save({"w": tensor.astype(np.float32)}))
+            w.write_bytes(name, save({f"w{name[6:11]}": tensor.astype(np.float32)}))
+        weight_map = {f"w{name[6:11]}": name for name in shards}
+        w.write_json("model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         w.write_json("config.json", {"architectures": ["BailingMoeV2ForCausalLM"]})
         w.write_json("tokenizer.json", {"model": {}})
         w.write_text("chat_template.jinja", "{{ messages }}")

@@ -22,6 +22,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from packager.artifact.strict_json import strict_json
 from packager.errors import BadInput, IntegrityFailure, UsageProblem
 
 SIGNATURE_NAME = "model.sig"
@@ -144,7 +145,7 @@ def open_signature(data: bytes, public_key: Path | None) -> SignedFiles:
         BadInput: the public key is missing or no P-256 key.
     """
     try:
-        bundle = json.loads(data)
+        bundle = strict_json(data)
         if bundle["mediaType"] != _MEDIA_TYPE:
             raise ValueError(f"media type {bundle['mediaType']!r}")
         envelope = bundle["dsseEnvelope"]
@@ -180,7 +181,7 @@ def _check(payload: bytes, signature: bytes, hint: str, public_key: Path) -> Non
 
 def _signed_files(payload: bytes) -> dict[str, str]:
     try:
-        statement: dict[str, Any] = json.loads(payload)
+        statement: dict[str, Any] = strict_json(payload)
         if statement["_type"] != _STATEMENT_TYPE or statement["predicateType"] != _PREDICATE_TYPE:
             raise ValueError(f"statement of type {statement['predicateType']!r}")
         resources = statement["predicate"]["resources"]

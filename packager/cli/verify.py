@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,17 +14,18 @@ import click
 
 from packager.cli import options
 from packager.cli.output import progress
-from packager.errors import IntegrityFailure
+from packager.errors import IntegrityFailure, UsageProblem
 
 if TYPE_CHECKING:
     from packager.proof.recompute import Proof
 
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./+-]+)?", re.ASCII)
 _DEFAULT_SAMPLE = 100
 _LISTED = 20
 
 
 @click.command()
-@click.argument("what", metavar="PATH|hf://REPO@REVISION")
+@click.argument("what", metavar="PATH|hf://ORG/NAME@REVISION|ORG/NAME")
 @click.option("--key", type=click.Path(path_type=Path), help="The publisher's public key (`.pub`).")
 @click.option(
     "--against", metavar="SOURCE", help="Recompute the quantized weights of PATH from this checkpoint."
@@ -57,9 +59,9 @@ def command(
 ) -> None:
     """Check a bundle, or any sealed artifact, byte by byte.
 
-    PATH is a bundle, a download of one (hub cache or --local-dir), or a stage's folder. hf://REPO@REVISION
-    is downloaded into the hub cache first. Without --key the signature's file list is compared, but who made
-    it is not proved.
+    PATH is a bundle, a download of one (hub cache or --local-dir), or a stage's folder. hf://ORG/NAME@REVISION
+    is downloaded into the hub cache first; ORG/NAME, or ORG/NAME@REVISION, is what that cache holds, without
+    a network. Without --key the signature's file list is compared, but who made it is not proved.
 
     With --against, PATH is any FP8, INT4 or INT8 checkpoint and SOURCE the one it was made from. A second
     implementation, in NumPy, recomputes scales and codes of a sample, or of all weights, and compares every
@@ -102,12 +104,18 @@ def command(
 
 
 def _located(what: str) -> Path:
-    if not what.startswith("hf://"):
-        return Path(what)
-    from packager.publish.hub import download
+    if what.startswith("hf://"):
+        from packager.checkpoint.hub_name import HubName
+        from packager.publish.hub import download
 
-    repo_id, _, revision = what.removeprefix("hf://").partition("@")
-    return download(repo_id, revision or None)
+        name = HubName.parse(what)
+        assert name is not None
+        return download(name.repo, name.revision if "@" in what else None)
+    if Path(what).exists() or not _REPOSITORY.fullmatch(what):
+        return Path(what)
+    from packager.publish.hub_cache import cached_snapshot
+
+    return cached_snapshot(what)
 
 
 def _verified(path: Path, key: Path | None) -> dict[str, Any]:
@@ -117,6 +125,11 @@ def _verified(path: Path, key: Path | None) -> dict[str, Any]:
 
     manifest = read_manifest(path)
     if manifest.stage != STAGE and not (path / LOCK_NAME).exists():
+        if key is not None:
+            raise UsageProblem(
+                f"{path} is the folder of a stage ({manifest.stage}), which is never signed",
+                "Leave --key out, or give the bundle.",
+            )
         check(path)
         size = sum(entry.size for entry in manifest.files)
         return {"path": str(path), "kind": manifest.stage, "digest": manifest.digest,
@@ -135,6 +148,7 @@ def _verified(path: Path, key: Path | None) -> dict[str, Any]:
         "files": bundle.files,
         "bytes": bundle.bytes,
         "signature": signature,
+        "structure": bundle.structure,
         "source": f"{bundle.lock.source.name} {bundle.lock.source.revision or bundle.lock.source.digest}",
         "gates": gates.outcome + (f" (override: {gates.override})" if gates.override else ""),
         "verdict": "as sealed",
