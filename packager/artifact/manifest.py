@@ -90,7 +90,7 @@ def relative_path(path: str) -> str:
     """The path itself. Raises ValueError: not plainly inside the directory, or a reserved name."""
     pure = PurePosixPath(path)
     if (
-        not path
+        not pure.parts
         or pure.is_absolute()
         or "\\" in path
         or "\0" in path

@@ -25,7 +25,7 @@ STAGE = "bundle"
 GENERATED = frozenset({LOCK_NAME, "README.md", "LICENSE-NOTE.md", "serve.yaml"})
 """Files at the top of a bundle that no stage made: they are written when it is assembled."""
 _REMEDY = "Remove the directory and get the bundle again from its publisher."
-_SEALED_WRONG = "No download can have done this: tell its publisher, who has to bundle again from stages that belong together."
+_SEALED_WRONG = "No download does this: tell its publisher, who has to bundle again from sound stages."
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def cached_snapshot(text: str) -> Path:
     if not (snapshot / MANIFEST_NAME).is_file():
         files = [p for p in snapshot.rglob("*") if not p.is_dir()]
         raise BadInput(
-            f"{text} is in the hub cache with {len(files)} files at commit {commit}, without {MANIFEST_NAME}: "
+            f"{text} is in the hub cache (commit {commit}, {len(files)} files) without {MANIFEST_NAME}: "
             "the download was not finished, or it is no bundle",
             f"Finish the download: {finish_command(snapshot)}",
         )
