@@ -392,6 +392,15 @@ def test_the_verbs_bundle_and_verify(stages: Stages, tmp_path: Path) -> None:
     ]
     made = CliRunner().invoke(bundle_command, arguments)
     assert made.exit_code == 0, made.output
+    locked = tmp_path / "locked.pem"
+    signature.generate_keys(locked, passphrase="open sesame")
+    wrong = [*arguments[:1], str(tmp_path / "other"), *arguments[2:], "--key", str(locked)]
+    for passphrase, said in ((None, "no passphrase"), ("open barley", "is wrong")):
+        (tmp_path / "word").write_text(passphrase or "")
+        given = ["--passphrase-file", str(tmp_path / "word")] if passphrase else []
+        refused = CliRunner().invoke(bundle_command, [*wrong, *given])
+        assert isinstance(refused.exception, BadInput)
+        assert said in refused.exception.message
     assert json.loads(made.stdout)["digest"] == digest_of(out)
     checked = CliRunner().invoke(verify_command, [str(out), "--key", str(stages.public_key), "--json"])
     assert checked.exit_code == 0, checked.output

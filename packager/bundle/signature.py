@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -32,6 +32,7 @@ UNSIGNED_PATHS = (SIGNATURE_NAME, ".cache/huggingface", ".git", ".gitattributes"
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+_HOW_TO_UNLOCK = "Set PACKAGER_KEY_PASSPHRASE to it, or use --passphrase-env or --passphrase-file."
 _PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 
 
@@ -53,9 +54,12 @@ def generate_keys(private_key: Path, *, passphrase: str | None = None) -> Path:
     Returns the path of the public key.
 
     Raises:
-        UsageProblem: one of the two files is there already; a key is never overwritten.
+        UsageProblem: one of the two files is there already (a key is never overwritten), or both would have
+            the same name.
     """
     public_key = private_key.with_suffix(".pub")
+    if public_key == private_key:
+        raise UsageProblem(f"{private_key} is the name of a public key", "Name the private one: key.pem.")
     for path in (private_key, public_key):
         if path.exists():
             raise UsageProblem(f"{path} is there already", "Choose another name; a key is never overwritten.")
@@ -70,6 +74,11 @@ def generate_keys(private_key: Path, *, passphrase: str | None = None) -> Path:
         file.write(pem)
     public_key.write_bytes(_public_pem(key.public_key()))
     return public_key
+
+
+def is_encrypted(private_key: Path) -> bool:
+    """Whether a private key needs a passphrase. Raises BadInput: it cannot be read."""
+    return b"ENCRYPTED" in _read_key(private_key)
 
 
 def fingerprint(public_key: Path) -> str:
@@ -208,17 +217,17 @@ def _public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
 
 
 def _load_private(path: Path, passphrase: str | None) -> ec.EllipticCurvePrivateKey:
+    data, locked = _read_key(path), is_encrypted(path)
+    if locked and not passphrase:
+        raise BadInput(f"the key {path} is encrypted, and no passphrase was given", _HOW_TO_UNLOCK)
     try:
-        key = serialization.load_pem_private_key(_read_key(path), passphrase.encode() if passphrase else None)
-    except TypeError as err:
+        # A passphrase that a plain key does not need does no harm: the environment may hold another key's.
+        key = serialization.load_pem_private_key(data, passphrase.encode() if passphrase and locked else None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        if locked:
+            raise BadInput(f"the passphrase of the key {path} is wrong", _HOW_TO_UNLOCK) from None
         raise BadInput(
-            f"{path}: {str(err).lower()}",
-            "Set PACKAGER_KEY_PASSPHRASE to the key's passphrase, or leave it out.",
-        ) from None
-    except ValueError:
-        raise BadInput(
-            f"{path} is no private key in PEM form, or its passphrase is wrong",
-            "Make one with `packager keys generate`; the passphrase comes from PACKAGER_KEY_PASSPHRASE.",
+            f"{path} is no private key in PEM form", "Make one with `packager keys generate`."
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
         raise BadInput(f"{path} is not an ECDSA P-256 key", "Make one with `packager keys generate`.")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
 
-from packager.cli import options
-from packager.cli.keys import PASSPHRASE_VARIABLE
+from packager.cli import options, passphrase
 from packager.cli.output import progress
 
 
@@ -28,14 +26,22 @@ from packager.cli.output import progress
     metavar="REASON",
     help="Allow publishing although gates are not passed; the card shows the reason.",
 )
+@passphrase.options
 @options.as_json
 def command(
-    workspace: Path, out: Path, recipe_path: Path, key: Path | None, override: str | None, as_json: bool
+    workspace: Path,
+    out: Path,
+    recipe_path: Path,
+    key: Path | None,
+    override: str | None,
+    passphrase_env: str | None,
+    passphrase_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Assemble, document, lock and sign the stages in WORKSPACE as the bundle OUT.
 
     WORKSPACE holds the sealed folders fp8, context, draft and evidence. Weights are linked, not copied. The
-    passphrase of an encrypted key is read from PACKAGER_KEY_PASSPHRASE.
+    passphrase of an encrypted key is asked for on a terminal if neither option nor environment gives it.
     """
     from packager.bundle.assemble import assemble
     from packager.recipe import load_recipe
@@ -51,7 +57,7 @@ def command(
         draft=draft if draft.exists() else None,
         evidence=workspace / "evidence",
         signing_key=key,
-        passphrase=os.environ.get(PASSPHRASE_VARIABLE),
+        passphrase=passphrase.for_key(key, passphrase_env, passphrase_file) if key else None,
         override=override,
         progress=progress,
     )
