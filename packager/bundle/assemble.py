@@ -29,7 +29,7 @@ from packager.bundle.card import license_note, measured_context, model_card
 from packager.bundle.contents import TOLERATED, path_problem
 from packager.bundle.lock import LOCK_NAME, Lock, build_lock
 from packager.bundle.serve_profiles import measured_speculation, serve_yaml
-from packager.bundle.signature import SIGNATURE_NAME, open_signature, private_fingerprint, sign
+from packager.bundle.signature import SIGNATURE_NAME, KeySigner, Signer, open_signature
 from packager.bundle.verify import STAGE
 from packager.errors import BadInput
 from packager.recipe import Recipe
@@ -46,6 +46,7 @@ def assemble(
     evidence: Path,
     signing_key: Path | None,
     passphrase: str | None = None,
+    keyless: Signer | None = None,
     override: str | None = None,
     progress: Callable[[str], None],
 ) -> Manifest:
@@ -54,28 +55,31 @@ def assemble(
     Args:
         recipe_digest: recorded in the manifest.
         signing_key: P-256 private key (PEM); None: the bundle stays unsigned, and publishing refuses it.
+        keyless: what signs in place of a key.
         override: why it is to be published although a gate failed or was not measured; the card shows it.
 
     Raises:
         BadInput: a stage is not sealed, the stages do not belong together, `out` holds something else, or the
             key cannot be used.
+        RemoteFailure: nothing was signed without a key.
         IntegrityFailure: a finished `out` was altered.
     """
     folders = {"fp8": fp8, "context": context, "evidence": evidence} | ({"draft": draft} if draft else {})
     lock = build_lock(recipe, folders, override)
-    fingerprint = private_fingerprint(signing_key, passphrase=passphrase) if signing_key else None
+    signer: Signer | None = KeySigner(signing_key, passphrase) if signing_key else keyless
     inputs = {name: stage.digest for name, stage in lock.stages.items()}
-    if fingerprint:
-        inputs["signer"] = f"sha256:{fingerprint}"
+    if signer:
+        inputs["signer"] = signer.digest
     if override:
         inputs["override"] = "sha256:" + hashlib.sha256(override.encode()).hexdigest()
     manifest = _found(out, recipe_digest, inputs)
     if manifest is None:
         progress(f"assembling {out}")
-        manifest = _assemble(out, recipe, recipe_digest, inputs, lock, folders, fingerprint, progress)
-    if signing_key and fingerprint and not _signed_by(out, manifest, fingerprint):
-        _write_signature(out, recipe.name, manifest, signing_key, passphrase)
-        progress(f"signed with the key {fingerprint[:16]}…")
+        label = signer.label if signer else None
+        manifest = _assemble(out, recipe, recipe_digest, inputs, lock, folders, label, progress)
+    if signer and not _signed_by(out, manifest, signer):
+        _write_signature(out, recipe.name, manifest, signer)
+        progress(f"signed {f'with the key {signer.label[:16]}…' if signing_key else f'by {signer.label}'}")
     return manifest
 
 
@@ -98,7 +102,7 @@ def _assemble(
     inputs: dict[str, str],
     lock: Lock,
     folders: dict[str, Path],
-    fingerprint: str | None,
+    signer: str | None,
     progress: Callable[[str], None],
 ) -> Manifest:
     has_draft = "draft" in folders
@@ -123,7 +127,7 @@ def _assemble(
             ),
         )
         writer.write_text("LICENSE-NOTE.md", license_note(recipe))
-        card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)
+        card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=signer)
         writer.write_text("README.md", card)
         return writer.seal(
             {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}
@@ -144,12 +148,12 @@ def _stage_files(
         yield path, folders[stage] / entry.path, entry
 
 
-def _signed_by(out: Path, manifest: Manifest, fingerprint: str) -> bool:
+def _signed_by(out: Path, manifest: Manifest, signer: Signer) -> bool:
     file = out / SIGNATURE_NAME
     if not file.is_file():
         return False
     signed = open_signature(file.read_bytes(), None)
-    return signed.key_fingerprint == fingerprint and signed.files == _to_sign(manifest)
+    return signer.made(signed) and signed.files == _to_sign(manifest)
 
 
 def _to_sign(manifest: Manifest) -> dict[str, str]:
@@ -157,10 +161,8 @@ def _to_sign(manifest: Manifest) -> dict[str, str]:
     return files | {MANIFEST_NAME: manifest.digest.removeprefix("sha256:")}
 
 
-def _write_signature(
-    out: Path, name: str, manifest: Manifest, signing_key: Path, passphrase: str | None
-) -> None:
-    data = sign(name, _to_sign(manifest), signing_key, passphrase=passphrase)
+def _write_signature(out: Path, name: str, manifest: Manifest, signer: Signer) -> None:
+    data = signer.sign(name, _to_sign(manifest))
     part = out / (SIGNATURE_NAME + ".part")
     with part.open("wb") as file:
         file.write(data)

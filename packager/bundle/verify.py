@@ -13,6 +13,7 @@ from pathlib import Path
 from packager.artifact import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from packager.bundle.contents import TOLERATED, examine, path_problem
 from packager.bundle.faults import Fault, remedies
+from packager.bundle.keyless import Identity
 from packager.bundle.lock import LOCK_NAME, REPORT_NAME, Lock, chain_problems, gate_state, read_lock
 from packager.bundle.lock import unmeasured_stages as unmeasured
 from packager.bundle.names import clashes, shown
@@ -38,22 +39,30 @@ class VerifiedBundle:
     files: int
     bytes: int
     signer: str | None
-    """Fingerprint of the signing key; None: not signed."""
+    """Fingerprint of the signing key, or the identity of a keyless signature; None: not signed."""
     authenticated: bool
-    """The signature was checked with a public key that the caller gave."""
+    """The signature was checked with a public key or an identity that the caller gave."""
     lock: Lock
     structure: str
     """What the weights' headers were held against."""
 
 
 def verify_bundle(
-    path: Path, public_key: Path | None = None, *, progress: Callable[[str], None] | None = None
+    path: Path,
+    public_key: Path | None = None,
+    *,
+    identity: Identity | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> VerifiedBundle:
     """Check files, digests, signature, structure and lock chain, and what the evidence was taken from.
 
     Every file is read once, on all cores: hashed, and looked through for pickles, code and secrets. What hub
     and client leave beside the files is tolerated; a symlink is followed only inside the hub cache that the
     bundle lies in.
+
+    Args:
+        public_key: whose signature it must bear.
+        identity: who must have signed it without a key of their own.
 
     Raises:
         BadInput: no directory, or not sealed at all.
@@ -72,7 +81,8 @@ def verify_bundle(
         progress(f"hashing {len(manifest.files)} files, {total / 1e9:.2f} GB")
     _refuse_faults(path, _layout_faults(path, manifest))
     # Before hashing: it costs nothing, and a changed manifest would put the blame on another file.
-    signer = _check_signature(path, manifest, public_key)
+    trusted = public_key or identity
+    signer = _check_signature(path, manifest, trusted)
     _refuse_faults(path, _byte_faults(path, manifest))
     lock = read_lock(path)
     _refuse(path, [*chain_problems(lock), *_origin_problems(manifest, lock), *_evidence_problems(path, lock)])
@@ -84,7 +94,7 @@ def verify_bundle(
         len(manifest.files),
         total,
         signer,
-        bool(signer and public_key),
+        bool(signer and trusted),
         lock,
         structure.looked_at,
     )
@@ -186,18 +196,18 @@ def _byte_faults(root: Path, manifest: Manifest) -> list[Fault]:
     return sorted(found, key=lambda fault: fault.path)
 
 
-def _check_signature(root: Path, manifest: Manifest, public_key: Path | None) -> str | None:
+def _check_signature(root: Path, manifest: Manifest, trusted: Path | Identity | None) -> str | None:
     file = root / SIGNATURE_NAME
     if not file.is_file():
-        if public_key is not None:
+        if trusted is not None:
             raise IntegrityFailure(f"{root} is not signed: it has no {SIGNATURE_NAME}", _REMEDY)
         return None
-    signed = open_signature(file.read_bytes(), public_key)
+    signed = open_signature(file.read_bytes(), trusted)
     expected = {entry.path: entry.sha256 for entry in manifest.files}
     expected[MANIFEST_NAME] = manifest.digest.removeprefix("sha256:")
     differing = [n for n in {*expected, *signed.files} if expected.get(n) != signed.files.get(n)]
     _refuse(root, [f"{name}: not what was signed" for name in sorted(differing)])
-    return signed.key_fingerprint
+    return signed.signer
 
 
 def _origin_problems(manifest: Manifest, lock: Lock) -> list[str]:

@@ -21,6 +21,16 @@ from packager.cli.output import progress
     "--key", type=click.Path(path_type=Path), help="Private key to sign with (`packager keys generate`)."
 )
 @click.option(
+    "--keyless",
+    is_flag=True,
+    help="Sign by the identity of this CI job through Sigstore; needs the extra `sigstore`.",
+)
+@click.option(
+    "--trust-config",
+    type=click.Path(path_type=Path),
+    help="Sigstore's client trust configuration.  [default: the public instance's]",
+)
+@click.option(
     "--override-gates",
     "override",
     metavar="REASON",
@@ -33,6 +43,8 @@ def command(
     out: Path,
     recipe_path: Path,
     key: Path | None,
+    keyless: bool,
+    trust_config: Path | None,
     override: str | None,
     passphrase_env: str | None,
     passphrase_file: Path | None,
@@ -46,7 +58,14 @@ def command(
     from packager.bundle.assemble import assemble
     from packager.recipe import load_recipe
 
+    if key and keyless:
+        raise click.UsageError("--key and --keyless exclude each other")
     recipe = load_recipe(recipe_path)
+    signer = None
+    if keyless:
+        from packager.bundle.keyless import KeylessSigner
+
+        signer = KeylessSigner.of_this_job(trust_config)
     draft = workspace / "draft"
     manifest = assemble(
         out,
@@ -58,6 +77,7 @@ def command(
         evidence=workspace / "evidence",
         signing_key=key,
         passphrase=passphrase.for_key(key, passphrase_env, passphrase_file) if key else None,
+        keyless=signer,
         override=override,
         progress=progress,
     )
@@ -66,10 +86,10 @@ def command(
         click.echo(
             json.dumps(
                 {"bundle": str(out), "digest": manifest.digest, "files": len(manifest.files), "bytes": size,
-                 "signed": key is not None, "gates": manifest.metrics["gates"], "override": override}
+                 "signed": key is not None or keyless, "gates": manifest.metrics["gates"], "override": override}
             )
         )  # fmt: skip
     else:
-        signed = "signed" if key else "NOT signed: publishing needs --key"
+        signed = "signed" if key or keyless else "NOT signed: publishing needs --key or --keyless"
         click.echo(f"{out}: {len(manifest.files)} files, {size / 1e9:.3f} GB, {signed}")
         click.echo(f"digest {manifest.digest}\ngates  {manifest.metrics['gates']}")
