@@ -2,20 +2,22 @@
 
 The job's OIDC token buys a certificate of ten minutes from Fulcio, in the name of the workflow; the signature
 goes into the public log Rekor; a verifier asks for the name and who vouched for it. Files and statement are
-those of `packager.bundle.signature`, so that the stock `model_signing verify sigstore` takes it too. Needs the
-extra `sigstore`; its trust root is refreshed where there is a network, and taken as it is where there is none.
+those of `packager.bundle.signature`, so that the stock `model_signing verify sigstore` takes it too. It needs
+the extra `sigstore`; the trust root is refreshed where there is a network, and taken as it is where not.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packager.bundle.signature import SIGNATURE_NAME, SignedFiles, statement
+from packager.bundle.signature import SIGNATURE_NAME, SignedFiles, open_signature, statement
 from packager.errors import BadInput, IntegrityFailure, RemoteFailure, UsageProblem
 
 if TYPE_CHECKING:
@@ -40,8 +42,8 @@ class KeylessSigner:
 
     def __init__(self, token: IdentityToken, trust_config: Path | None) -> None:
         self._token, self._trust_config = token, trust_config
-        self.label = f"{token.identity} ({token.federated_issuer})"
-        """Name and who vouches for it."""
+        self.label = f"{_certified_name(token)} ({token.federated_issuer})"
+        """Name and who vouches for it, as the certificate will spell them."""
 
     @classmethod
     def of_this_job(cls, trust_config: Path | None = None) -> KeylessSigner:
@@ -88,11 +90,33 @@ class KeylessSigner:
         with _sigstore_faults():
             context = SigningContext.from_trust_config(_trust(self._trust_config, offline_too=False))
             with context.signer(self._token) as signer:
-                return (signer.sign_dsse(Statement(statement(name, files))).to_json() + "\n").encode()
+                data = (signer.sign_dsse(Statement(statement(name, files))).to_json() + "\n").encode()
+        signed = open_signature(data, None)
+        if not self.made(signed):
+            # The card names the signer, and is among what was signed.
+            raise RemoteFailure(
+                f"Sigstore certified {signed.signer}, not {self.label}, which the card names",
+                "Sign with --key, and report which CI service this was.",
+            )
+        return data
 
     def made(self, signed: SignedFiles) -> bool:
         """Whether a signature says that it is this signer's."""
         return signed.signer == self.label
+
+
+def _certified_name(token: IdentityToken) -> str:
+    """What Fulcio certifies: of two services the workflow's address, of others what the library says.
+
+    Source: github.com/sigstore/fulcio, docs/oidc.md and config/identity.
+    """
+    part = str(token).split(".")[1]
+    claims = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    if workflow := claims.get("job_workflow_ref"):
+        return f"https://github.com/{workflow}"
+    if pipeline := claims.get("ci_config_ref_uri"):
+        return f"https://{pipeline}"
+    return str(token.identity)
 
 
 def check_identity(data: bytes, expected: Identity) -> bytes:

@@ -86,7 +86,7 @@ def command(
         click.echo(
             json.dumps(
                 {"bundle": str(out), "digest": manifest.digest, "files": len(manifest.files), "bytes": size,
-                 "signed": key is not None or keyless, "gates": manifest.metrics["gates"], "override": override}
+                 "signed": bool(key or keyless), "gates": manifest.metrics["gates"], "override": override}
             )
         )  # fmt: skip
     else:
