@@ -14,7 +14,7 @@ LOCK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements/cuda.txt || e
 BIN := .venv/bin
 WORKSPACE ?= demo
 
-.PHONY: help venv demo test check lint lock bench bench-quantize bench-damage bench-client bench-draft bench-verdict bench-prediction clean
+.PHONY: help venv demo test check lint lock bench bench-quantize bench-damage bench-client bench-draft bench-verdict bench-prediction bench-verify clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -110,6 +110,9 @@ bench-prediction: venv  ## held-out errors of the calibrated bound on this machi
 
 bench-verdict: venv  ## coverage of intervals, false alarms and power of the gate, by simulation: a minute
 	@OMP_NUM_THREADS=1 exec $(BIN)/python benchmarks/verdict.py
+
+bench-verify: venv  ## `packager verify` on 3 GB against sha256sum on as many cores, as a ratio of one run: a minute
+	@exec $(BIN)/python benchmarks/verify.py
 
 clean:  ## remove the demo workspace, caches and builds (keeps .venv)
 	@rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from tiny_bundle import SOURCE_DIGEST, Stages, digest_of, make_evidence, make_stages
+from tiny_bundle import SOURCE_DIGEST, Stages, digest_of, make_evidence, make_stages, reseal
 
-from packager.artifact import MANIFEST_NAME, ArtifactWriter, read_manifest
+from packager.artifact import MANIFEST_NAME
 from packager.bundle import signature
 from packager.bundle.serve_profiles import profiles, serve_yaml
 from packager.bundle.verify import verify_bundle
@@ -107,25 +107,6 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(copy: Path, stage
     verify_bundle(copy, stages.public_key)
 
 
-def reseal(copy: Path, private: Path) -> None:
-    """Make manifest and signature agree with the directory again, as an attacker with a key could."""
-    old = read_manifest(copy)
-    for name in (MANIFEST_NAME, "model.sig"):
-        (copy / name).unlink()
-    files = [p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file() and not p.is_symlink()]
-    scratch = copy.with_name("resealed")
-    with ArtifactWriter(
-        scratch, stage="bundle", recipe_digest=old.recipe_digest, inputs=old.inputs
-    ) as writer:
-        for name in files:
-            writer.link(name, copy / name, None)
-        manifest = writer.seal(old.metrics)
-    shutil.rmtree(copy)
-    scratch.rename(copy)
-    signed = {e.path: e.sha256 for e in manifest.files} | {MANIFEST_NAME: manifest.digest[7:]}
-    (copy / "model.sig").write_bytes(signature.sign("tiny", signed, private))
-
-
 def _replace_report(copy: Path) -> None:
     report = copy / "evidence/report.json"
     report.write_text(report.read_text().replace("Tiny", "Tony"))
@@ -146,14 +127,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "code": (lambda b: (b / "modeling.py").write_text("1"), r"modeling\.py: code, pickles", True),
     "pickle": (lambda b: (b / "state.pt").write_bytes(b"\x80\x04"), r"state\.pt: code, pickles", True),
     "pickle as weights": (
-        lambda b: (b / "x.safetensors").write_bytes(b"\x80\x04" + bytes(300)), r"no safetensors file", True,
+        lambda b: (b / "x.safetensors").write_bytes(b"\x80\x04" + bytes(300)), "it is no safetensors", True,
     ),
     "pickle as text": (lambda b: (b / "x.txt").write_bytes(b"\x80\x04\x95"), r"x\.txt: it is a pickle", True),
     "huge header": (
         lambda b: (b / "x.safetensors").write_bytes((10**10).to_bytes(8, "little") + bytes(64)),
         "the header claims", True,
     ),
-    "look-alike": (lambda b: (b / "config\u200b.json").write_text("{}"), "invisible characters", True),
+    "look-alike": (lambda b: (b / "config\u200b.json").write_text("{}"), "U\\+200B ZERO WIDTH SPACE", True),
     "own weights": (
         lambda b: shutil.copyfile(b / "draft/model.safetensors", b / "model-00003-of-00002.safetensors"),
         "not the file of the stage", True,
@@ -347,6 +328,15 @@ def test_the_verbs_bundle_and_verify(stages: Stages, tmp_path: Path) -> None:
     ]
     made = CliRunner().invoke(bundle_command, arguments)
     assert made.exit_code == 0, made.output
+    locked = tmp_path / "locked.pem"
+    signature.generate_keys(locked, passphrase="open sesame")
+    wrong = [*arguments[:1], str(tmp_path / "other"), *arguments[2:], "--key", str(locked)]
+    for passphrase, said in ((None, "no passphrase"), ("open barley", "is wrong")):
+        (tmp_path / "word").write_text(passphrase or "")
+        given = ["--passphrase-file", str(tmp_path / "word")] if passphrase else []
+        refused = CliRunner().invoke(bundle_command, [*wrong, *given])
+        assert isinstance(refused.exception, BadInput)
+        assert said in refused.exception.message
     assert json.loads(made.stdout)["digest"] == digest_of(out)
     checked = CliRunner().invoke(verify_command, [str(out), "--key", str(stages.public_key), "--json"])
     assert checked.exit_code == 0, checked.output

@@ -158,7 +158,7 @@ def test_what_is_worse_and_what_was_not_measured_stands_on_the_card(released: Pa
     lock = read_lock(released)
     assert lock.card is not None
     stricter = lock.model_copy(update={"card": lock.card.model_copy(update={"min_long_accuracy": 0.99})})
-    read = card_files(stricter, released / "evidence", signer=None)["README.md"]
+    read = card_files(stricter, released / "evidence")["README.md"]
     failing = [cell for cell in report["long_context"][-1]["grid"] if cell["accuracy"] < 0.99]
     assert failing
     assert read.count("the fact at [50 %]") == len(failing)

@@ -143,9 +143,44 @@ def test_an_encrypted_key_needs_its_passphrase(tmp_path: Path) -> None:
     files = {"a": "00" * 32}
     data = signature.sign("m", files, private, passphrase="open sesame")
     assert signature.open_signature(data, public).files == files
-    for wrong in (None, "open barley"):
-        with pytest.raises(BadInput):
+    for wrong, said in ((None, "no passphrase was given"), ("open barley", "passphrase .* is wrong")):
+        with pytest.raises(BadInput, match=said):
             signature.sign("m", files, private, passphrase=wrong)
+
+
+def test_a_passphrase_comes_from_environment_file_or_terminal_and_never_from_an_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PACKAGER_KEY_PASSPHRASE", raising=False)
+    monkeypatch.setenv("OTHER", "öffne dich")
+    (tmp_path / "word").write_text("from a file\nnot this line\n")
+    (tmp_path / "empty").write_text("\n")
+    sources = {
+        "env": (["--passphrase-env", "OTHER"], "öffne dich"),
+        "file": (["--passphrase-file", str(tmp_path / "word")], "from a file"),
+        "ask": (["--passphrase"], "typed"),
+    }
+    for name, (option, expected) in sources.items():
+        out = tmp_path / f"{name}.pem"
+        made = CliRunner().invoke(
+            keys_command, ["generate", "--out", str(out), *option], input="typed\ntyped\n"
+        )
+        assert made.exit_code == 0, made.output
+        assert expected not in made.output
+        assert stat.S_IMODE(out.stat().st_mode) == 0o600
+        assert signature.is_encrypted(out)
+        assert signature.private_fingerprint(out, passphrase=expected)
+    for option in (
+        ["--passphrase-env", "NOT_SET"],
+        ["--passphrase-file", str(tmp_path / "empty")],
+        ["--passphrase-env", "OTHER", "--passphrase-file", str(tmp_path / "word")],
+        ["--passphrase", "--passphrase-env", "OTHER"],
+    ):
+        refused = CliRunner().invoke(keys_command, ["generate", "--out", str(tmp_path / "no.pem"), *option])
+        assert isinstance(refused.exception, UsageProblem), option
+        assert not (tmp_path / "no.pem").exists()
+    with pytest.raises(UsageProblem, match="name of a public key"):
+        signature.generate_keys(tmp_path / "key.pub")
 
 
 def test_keys_generate_writes_a_pair_and_never_overwrites_one(

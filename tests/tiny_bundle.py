@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from packager.artifact import ArtifactWriter, Manifest, read_manifest
+from packager.artifact import MANIFEST_NAME, ArtifactWriter, Manifest, read_manifest
 from packager.bundle import signature
 from packager.bundle.assemble import assemble
 from packager.quantize.fidelity import LEDGER_NAME
@@ -78,21 +80,36 @@ def make_stages(
     seed: int = 0,
     gates: tuple[Gate, ...] = PASSED,
     evidence_metrics: dict[str, Any] | None = None,
+    extra: Mapping[str, bytes] | None = None,
     **sections: Any,
 ) -> Stages:
-    """Seal fp8, context, draft and evidence under `root`, each made from the one before it."""
+    """Seal fp8, context, draft and evidence under `root`, each made from the one before it.
+
+    Files of `extra` stand in place of those of the same name, or beside them, from the first stage on.
+    """
     rng = np.random.default_rng(seed)
+    given = dict(extra or {})
     shards = {f"model-0000{i}-of-00002.safetensors": rng.standard_normal((64, 32 + i)) for i in (1, 2)}
+    if "model.safetensors" in given:
+        shards = {}
     fp8 = root / "fp8"
     with ArtifactWriter(fp8, stage="fp8", recipe_digest="sha256:r", inputs={"source": SOURCE_DIGEST}) as w:
         for name, tensor in shards.items():
-            w.write_bytes(name, save({"w": tensor.astype(np.float32)}))
-        w.write_json("config.json", {"architectures": ["BailingMoeV2ForCausalLM"]})
-        w.write_json("tokenizer.json", {"model": {}})
-        w.write_text("chat_template.jinja", "{{ messages }}")
-        w.write_json("generation_config.json", {"eos_token_id": 2})
-        w.write_text("README.md", "the card of somebody else")
-        w.write_text("modeling_bailing.py", "raise SystemExit")
+            given.setdefault(name, save({f"w{name[6:11]}": tensor.astype(np.float32)}))
+        weight_map = {f"w{name[6:11]}": name for name in shards}
+        for name, document in {
+            "model.safetensors.index.json": {"metadata": {}, "weight_map": weight_map},
+            "config.json": {"architectures": ["BailingMoeV2ForCausalLM"]},
+            "tokenizer.json": {"model": {}},
+            "generation_config.json": {"eos_token_id": 2},
+        }.items():
+            if shards or not name.endswith("index.json"):
+                given.setdefault(name, json.dumps(document).encode())
+        given.setdefault("chat_template.jinja", b"{{ messages }}")
+        given.setdefault("README.md", b"the card of somebody else")
+        given.setdefault("modeling_bailing.py", b"raise SystemExit")
+        for name, data in given.items():
+            w.write_bytes(name, data)
         w.write_text(LEDGER_NAME, '{"name":"w"}\n')
         w.write_text(PLOT_NAME, "<svg/>")
         sealed = w.seal({"fidelity": {"routed_expert": FIDELITY}})
@@ -103,7 +120,8 @@ def make_stages(
         for entry in sealed.files:
             if entry.path not in ("config.json", LEDGER_NAME, PLOT_NAME):
                 w.link(entry.path, fp8 / entry.path, entry.sha256)
-        w.write_json("config.json", {"architectures": ["BailingMoeV2ForCausalLM"], "rope_scaling": {}})
+        config = json.loads(given["config.json"]) | {"rope_scaling": {}}
+        w.write_bytes("config.json", (extra or {}).get("config.json") or json.dumps(config).encode())
         extended = w.seal({"original_length": 512, "length": 2048})
     draft = root / "draft"
     with ArtifactWriter(
@@ -184,3 +202,22 @@ def make_evidence(
 def digest_of(folder: Path) -> str:
     """Digest of a sealed folder."""
     return read_manifest(folder).digest
+
+
+def reseal(copy: Path, private: Path) -> None:
+    """Make manifest and signature agree with the directory again, as an attacker with a key could."""
+    old = read_manifest(copy)
+    for name in (MANIFEST_NAME, "model.sig"):
+        (copy / name).unlink()
+    files = [p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file() and not p.is_symlink()]
+    scratch = copy.with_name("resealed")
+    with ArtifactWriter(
+        scratch, stage="bundle", recipe_digest=old.recipe_digest, inputs=old.inputs
+    ) as writer:
+        for name in files:
+            writer.link(name, copy / name, None)
+        manifest = writer.seal(old.metrics)
+    shutil.rmtree(copy)
+    scratch.rename(copy)
+    signed = {e.path: e.sha256 for e in manifest.files} | {MANIFEST_NAME: manifest.digest[7:]}
+    (copy / "model.sig").write_bytes(signature.sign("tiny", signed, private))

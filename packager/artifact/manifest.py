@@ -11,14 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from packager.artifact.strict_json import strict_json
 from packager.errors import BadInput, IntegrityFailure
 
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = ".journal.jsonl"
 SCRATCH_NAME = ".scratch"
 PART_SUFFIX = ".part"
+MAX_MANIFEST_BYTES = 1 << 26
+"""Room for some 300,000 files."""
 
 
 class FileEntry(BaseModel):
@@ -87,7 +90,7 @@ def relative_path(path: str) -> str:
     """The path itself. Raises ValueError: not plainly inside the directory, or a reserved name."""
     pure = PurePosixPath(path)
     if (
-        not path
+        not pure.parts
         or pure.is_absolute()
         or "\\" in path
         or "\0" in path
@@ -129,14 +132,17 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} is {'an unfinished' if unfinished else 'not an'} artifact: it has no {MANIFEST_NAME}",
             "Run the command that makes it again; finished files are kept." if unfinished else _REMEDY,
         )
-    return parse_manifest((path / MANIFEST_NAME).read_bytes(), str(path / MANIFEST_NAME))
+    file = path / MANIFEST_NAME
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BadInput(f"{file} has more than {MAX_MANIFEST_BYTES} bytes: it is not read", _REMEDY)
+    return parse_manifest(file.read_bytes(), str(file))
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """The manifest in the bytes of a `manifest.json`. Raises BadInput: malformed, or of another version."""
     try:
-        manifest = Manifest.model_validate(json.loads(data))
-    except (ValueError, ValidationError) as err:
+        manifest = Manifest.model_validate(strict_json(data))
+    except ValueError as err:
         raise BadInput(f"{where} is malformed: {err}", "Make the artifact again.") from None
     if manifest.schema_version != 1:
         raise BadInput(

@@ -40,7 +40,7 @@ from packager.bundle.serve_profiles import (
     served_bytes,
     served_name,
 )
-from packager.bundle.signature import SIGNATURE_NAME, open_signature, private_fingerprint, sign
+from packager.bundle.signature import SIGNATURE_NAME, KeySigner, Signer, open_signature
 from packager.bundle.verify import STAGE
 from packager.errors import BadInput
 from packager.recipe import Recipe
@@ -58,6 +58,7 @@ def assemble(
     source: Path | None = None,
     signing_key: Path | None,
     passphrase: str | None = None,
+    keyless: Signer | None = None,
     override: str | None = None,
     progress: Callable[[str], None],
 ) -> Manifest:
@@ -68,33 +69,36 @@ def assemble(
         source: folder of the checkpoint, to see what it says of its licence; None: not at hand, and the card
             says so.
         signing_key: P-256 private key (PEM); None: the bundle stays unsigned, and publishing refuses it.
+        keyless: what signs in place of a key.
         override: why it is to be published although a gate failed or was not measured; the card shows it.
 
     Raises:
         BadInput: a stage is not sealed, the stages do not belong together, `out` holds something else, the
             key cannot be used, or licences disagree and the recipe does not decide.
+        RemoteFailure: nothing was signed without a key.
         IntegrityFailure: a finished `out` was altered.
     """
     folders = {"fp8": fp8, "context": context, "evidence": evidence} | ({"draft": draft} if draft else {})
     lock = build_lock(recipe, folders, override)
-    lock = lock.model_copy(update={"card": _card_settings(recipe, lock, source)})
-    fingerprint = private_fingerprint(signing_key, passphrase=passphrase) if signing_key else None
+    signer: Signer | None = KeySigner(signing_key, passphrase) if signing_key else keyless
+    card = _card_settings(recipe, lock, source, signer.label if signer else None)
+    lock = lock.model_copy(update={"card": card})
     inputs = {name: stage.digest for name, stage in lock.stages.items()}
-    if fingerprint:
-        inputs["signer"] = f"sha256:{fingerprint}"
+    if signer:
+        inputs["signer"] = signer.digest
     if override:
         inputs["override"] = "sha256:" + hashlib.sha256(override.encode()).hexdigest()
     manifest = _found(out, recipe_digest, inputs)
     if manifest is None:
         progress(f"assembling {out}")
-        manifest = _assemble(out, recipe, recipe_digest, inputs, lock, folders, fingerprint, progress)
-    if signing_key and fingerprint and not _signed_by(out, manifest, fingerprint):
-        _write_signature(out, recipe.name, manifest, signing_key, passphrase)
-        progress(f"signed with the key {fingerprint[:16]}…")
+        manifest = _assemble(out, recipe, recipe_digest, inputs, lock, folders, progress)
+    if signer and not _signed_by(out, manifest, signer):
+        _write_signature(out, recipe.name, manifest, signer)
+        progress(f"signed {f'with the key {signer.label[:16]}…' if signing_key else f'by {signer.label}'}")
     return manifest
 
 
-def _card_settings(recipe: Recipe, lock: Lock, source: Path | None) -> CardSettings:
+def _card_settings(recipe: Recipe, lock: Lock, source: Path | None, signer: str | None) -> CardSettings:
     statements = None if source is None else licence_statements(source)
     require_decided(recipe, statements or ())
     measured = measured_speculation(lock.stages["evidence"].manifest.metrics)
@@ -104,6 +108,7 @@ def _card_settings(recipe: Recipe, lock: Lock, source: Path | None) -> CardSetti
         served_name=served_name(recipe),
         address=f"http://{HOST}:{PORT}",
         upstream_licenses=statements,
+        signer=signer,
     )
 
 
@@ -126,7 +131,6 @@ def _assemble(
     inputs: dict[str, str],
     lock: Lock,
     folders: dict[str, Path],
-    fingerprint: str | None,
     progress: Callable[[str], None],
 ) -> Manifest:
     has_draft = "draft" in folders
@@ -154,7 +158,7 @@ def _assemble(
         )
         assert lock.card is not None
         writer.write_text("LICENSE-NOTE.md", license_note(lock.card, lock.source.name))
-        for name, text in card_files(lock, folders["evidence"], signer=fingerprint).items():
+        for name, text in card_files(lock, folders["evidence"]).items():
             writer.write_text(name, text)
         return writer.seal(
             {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}
@@ -184,12 +188,12 @@ def _stage_files(
         yield path, folders[stage] / entry.path, entry
 
 
-def _signed_by(out: Path, manifest: Manifest, fingerprint: str) -> bool:
+def _signed_by(out: Path, manifest: Manifest, signer: Signer) -> bool:
     file = out / SIGNATURE_NAME
     if not file.is_file():
         return False
     signed = open_signature(file.read_bytes(), None)
-    return signed.key_fingerprint == fingerprint and signed.files == _to_sign(manifest)
+    return signer.made(signed) and signed.files == _to_sign(manifest)
 
 
 def _to_sign(manifest: Manifest) -> dict[str, str]:
@@ -197,10 +201,8 @@ def _to_sign(manifest: Manifest) -> dict[str, str]:
     return files | {MANIFEST_NAME: manifest.digest.removeprefix("sha256:")}
 
 
-def _write_signature(
-    out: Path, name: str, manifest: Manifest, signing_key: Path, passphrase: str | None
-) -> None:
-    data = sign(name, _to_sign(manifest), signing_key, passphrase=passphrase)
+def _write_signature(out: Path, name: str, manifest: Manifest, signer: Signer) -> None:
+    data = signer.sign(name, _to_sign(manifest))
     part = out / (SIGNATURE_NAME + ".part")
     with part.open("wb") as file:
         file.write(data)

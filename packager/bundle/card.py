@@ -42,13 +42,12 @@ _HUB_LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0
 """The identifiers that the hub knows; another licence is `other`, with its name beside it."""
 
 
-def card_files(lock: Lock, evidence: Path, *, signer: str | None) -> dict[str, str]:
+def card_files(lock: Lock, evidence: Path) -> dict[str, str]:
     """Path in the bundle and text of all that the card is: both languages, and `.eval_results/`.
 
     Args:
         lock: with the card's settings.
         evidence: folder of the sealed evidence.
-        signer: fingerprint of the key that signs the bundle.
 
     Raises:
         BadInput: the evidence is not a report of this version, or the lock has no settings of a card.
@@ -56,7 +55,7 @@ def card_files(lock: Lock, evidence: Path, *, signer: str | None) -> dict[str, s
     if lock.card is None:
         raise BadInput("bundle.lock does not hold what its card says", "Assemble the bundle again.")
     view = build_view(lock, lock.card, read_evidence(evidence))
-    made = {name: _written(view, language, signer) for language, name in CARDS.items()}
+    made = {name: _written(view, language) for language, name in CARDS.items()}
     made["README.md"] = f"---\n{_metadata(view)}\n---\n\n{made['README.md']}"
     return made | {f"{RESULTS_FOLDER}/{name}": text for name, text in _evaluation_results(view)}
 
@@ -195,7 +194,7 @@ def _template() -> Template:
     return environment.get_template("card.md.jinja")
 
 
-def _written(view: CardView, language: Language, signer: str | None) -> str:
+def _written(view: CardView, language: Language) -> str:
     speaker, settings = _Speaker(language), view.settings
 
     def prose(field: str) -> str:
@@ -215,7 +214,6 @@ def _written(view: CardView, language: Language, signer: str | None) -> str:
         claim=speaker.claim,
         prose=prose,
         size=_size,
-        signer=signer,
         also=speaker.message("also", links=links) if links else "",
         more=speaker.message("list").join(f"[{speaker.show(title)}]({to})" for title, to in view.sections),
         conflict=disagree_on(settings.license, settings.upstream_licenses or ()),

@@ -7,6 +7,7 @@ may differ.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,10 +61,14 @@ def card_problems(root: Path, lock: Lock, manifest: Manifest) -> list[str]:
 def _rewritten(root: Path, lock: Lock, manifest: Manifest, found: set[str]) -> list[str]:
     """Where the card differs from the one that follows from lock and evidence."""
     assert lock.card is not None
-    signer = manifest.inputs.get("signer")
-    expected = card_files(lock, root / "evidence", signer=signer.removeprefix("sha256:") if signer else None)
+    expected = card_files(lock, root / "evidence")
     expected[NOTE] = license_note(lock.card, lock.source.name)
     problems = []
+    label = lock.card.signer
+    # A key stands in the manifest by its fingerprint, an identity by the digest of its name.
+    allowed = {label and f"sha256:{label}", label and f"sha256:{hashlib.sha256(label.encode()).hexdigest()}"}
+    if manifest.inputs.get("signer") not in allowed:
+        problems.append(f"{LOCK_NAME}: its card names another signer than the bundle was sealed for")
     for name in sorted(found | expected.keys()):
         if name not in found:
             problems.append(f"{name}: missing; it follows from the evidence")

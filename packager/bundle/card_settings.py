@@ -83,6 +83,8 @@ class CardSettings(BaseModel):
     address: str
     commands: tuple[ServeCommand, ...]
     """The first is for the hardware that was measured."""
+    signer: str | None = None
+    """Fingerprint of the key that signs the bundle, or the identity that does; None: nobody."""
 
 
 def card_settings(
@@ -92,6 +94,7 @@ def card_settings(
     served_name: str,
     address: str,
     upstream_licenses: Sequence[Statement] | None,
+    signer: str | None = None,
 ) -> CardSettings:
     """The settings of a recipe's card; `profiles` as `serve_profiles.profiles` makes them."""
     spec, target = recipe.bundle, recipe.publish.target
@@ -119,6 +122,7 @@ def card_settings(
         min_long_accuracy=recipe.gates.min_long_accuracy,
         draft_tokens=recipe.draft.num_speculative_tokens,
         draft_vocabulary=recipe.draft.vocab_size,
+        signer=signer,
         served_name=served_name,
         repository=target.removeprefix("hf://") if target.startswith("hf://") else None,
         address=address,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from packager.artifact import FileEntry, Manifest, read_manifest
+from packager.artifact.strict_json import strict_json
 from packager.bundle.card_settings import CardSettings
 from packager.errors import BadInput, IntegrityFailure
 from packager.quantize.fidelity import LEDGER_NAME
@@ -165,7 +166,7 @@ def unmeasured_stages(report: Path, lock: Lock) -> list[str]:
 
 def _report(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = strict_json(path.read_bytes())
     except OSError:
         raise BadInput(f"no validation report at {path}", "Validate before bundling.") from None
     except ValueError as err:

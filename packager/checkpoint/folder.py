@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.artifact import Manifest, check, file_sha256, is_sealed
+from packager.artifact.strict_json import strict_json
 from packager.checkpoint.header import ShardHeader, read_header
 from packager.errors import BadInput, IntegrityFailure
 
@@ -142,18 +142,9 @@ class Folder(ABC):
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     """The object that a JSON text holds. Raises BadInput: not JSON, a key twice, or no object."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return found
-
-    def finite(name: str) -> float:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=finite)
-    except (ValueError, RecursionError) as err:
+        document = strict_json(text)
+    except ValueError as err:
         raise BadInput(f"{where} is not sound JSON: {err}") from None
     if not isinstance(document, dict):
         raise BadInput(f"{where} does not hold a JSON object")

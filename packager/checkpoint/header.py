@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from packager.artifact.strict_json import unique_names
 from packager.errors import BadInput
 
 MAX_HEADER_BYTES = 1 << 25
@@ -93,17 +94,6 @@ class ShardHeader:
     metadata: dict[str, str]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"the name {_brief(name)} occurs twice")
-            seen.add(name)
-    return found
-
-
 def _brief(value: Any) -> str:
     """A value out of a file as messages show it: escaped, and cut where it is long or deep."""
     return f"{value[:200]!r}" if isinstance(value, str) else reprlib.repr(value)
@@ -123,7 +113,7 @@ def _decode(text: bytes) -> dict[str, Any]:
     try:
         decoded = text.decode("utf-8")
         hook = _whole if b"-0" in text else None
-        raw = json.loads(decoded, object_pairs_hook=_once, parse_int=hook)
+        raw = json.loads(decoded, object_pairs_hook=unique_names, parse_int=hook)
     except UnicodeDecodeError:
         raise ValueError("the header is not UTF-8") from None
     except RecursionError:

@@ -53,6 +53,7 @@ _EXTRAS = {
     "psutil": "validate",
     "tokenizers": "nano",
     "ray": "ray",
+    "sigstore": "sigstore",
 }
 
 _CLOSED_PIPE = 128 + 13  # what a shell reports for SIGPIPE

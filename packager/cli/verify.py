@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,18 +14,25 @@ import click
 
 from packager.cli import options
 from packager.cli.output import progress
-from packager.errors import IntegrityFailure
+from packager.errors import IntegrityFailure, UsageProblem
 
 if TYPE_CHECKING:
+    from packager.bundle.keyless import Identity
     from packager.proof.recompute import Proof
 
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./+-]+)?", re.ASCII)
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _DEFAULT_SAMPLE = 100
 _LISTED = 20
 
 
 @click.command()
-@click.argument("what", metavar="PATH|hf://…|ms://…|oci://…")
+@click.argument("what", metavar="PATH|hf://…|ms://…|oci://…|ORG/NAME")
 @click.option("--key", type=click.Path(path_type=Path), help="The publisher's public key (`.pub`).")
+@click.option("--identity", metavar="NAME", help="Who must have signed it without a key (Sigstore).")
+@click.option("--identity-provider", metavar="URL", help="The OpenID issuer that vouches for NAME.")
+@click.option("--trust-config", type=click.Path(path_type=Path),
+              help="Sigstore's client trust configuration.  [default: the public instance's]")  # fmt: skip
 @click.option(
     "--against", metavar="SOURCE", help="Recompute the quantized weights of PATH from this checkpoint."
 )
@@ -47,6 +55,9 @@ _LISTED = 20
 def command(
     what: str,
     key: Path | None,
+    identity: str | None,
+    identity_provider: str | None,
+    trust_config: Path | None,
     against: str | None,
     sample: int | None,
     everything: bool,
@@ -57,9 +68,10 @@ def command(
 ) -> None:
     """Check a bundle, or any sealed artifact, byte by byte.
 
-    PATH is a bundle, a download of one (hub cache or --local-dir), or a stage's folder. hf://REPO@REVISION
-    is downloaded into the hub cache first, ms://REPO@REVISION and oci://HOST/NAME:TAG into our own cache.
-    Without --key the signature's file list is compared, but who made it is not proved.
+    PATH is a bundle, a download of one (hub cache or --local-dir), or a stage's folder. hf://ORG/NAME@REVISION
+    is downloaded into the hub cache first, ms://ORG/NAME@REVISION and oci://HOST/NAME:TAG into our own;
+    ORG/NAME, or ORG/NAME@REVISION, is what the hub cache holds, without a network. Without --key or
+    --identity the signature's file list is compared, but who made it is not proved.
 
     With --against, PATH is any FP8, INT4 or INT8 checkpoint and SOURCE the one it was made from. A second
     implementation, in NumPy, recomputes scales and codes of a sample, or of all weights, and compares every
@@ -69,10 +81,11 @@ def command(
     if against is None:
         if sample is not None or everything or scale_rounding is not None:
             raise click.UsageError("--sample, --all and --scale-rounding need --against SOURCE")
-        _print_sealed(_verified(_located(what), key), as_json)
+        signer = _signer(key, identity, identity_provider, trust_config)
+        _print_sealed(_verified(_located(what), signer), as_json)
         return
-    if key is not None:
-        raise click.UsageError("--key is for a seal; with --against, values are compared")
+    if key is not None or identity is not None:
+        raise click.UsageError("--key and --identity are for a seal; with --against, values are compared")
     if sample is not None and everything:
         raise click.UsageError("--sample and --all exclude each other")
     from packager.cli.source import opened
@@ -107,31 +120,59 @@ def _located(what: str) -> Path:
         from packager.release.served import cache_directory
 
         return fetch(what, cache_directory(), progress=progress)
-    if not what.startswith("hf://"):
+    if what.startswith("hf://"):
+        from packager.checkpoint.hub_name import HubName
+        from packager.publish.hub import download
+
+        name = HubName.parse(what)
+        assert name is not None
+        return download(name.repo, name.revision if "@" in what else None)
+    if Path(what).exists() or not _REPOSITORY.fullmatch(what):
         return Path(what)
-    from packager.publish.hub import download
+    from packager.publish.hub_cache import cached_snapshot
 
-    repo_id, _, revision = what.removeprefix("hf://").partition("@")
-    return download(repo_id, revision or None)
+    return cached_snapshot(what)
 
 
-def _verified(path: Path, key: Path | None) -> dict[str, Any]:
+def _signer(
+    key: Path | None, identity: str | None, provider: str | None, trust_config: Path | None
+) -> Path | Identity | None:
+    if identity is None and provider is None and trust_config is None:
+        return key
+    if key is not None:
+        raise click.UsageError("--key and --identity exclude each other")
+    if identity is None or provider is None:
+        raise click.UsageError("--identity and --identity-provider go together")
+    from packager.bundle.keyless import Identity
+
+    return Identity(identity, provider, trust_config)
+
+
+def _verified(path: Path, signer: Path | Identity | None) -> dict[str, Any]:
     from packager.artifact import check, read_manifest
     from packager.bundle.lock import LOCK_NAME
     from packager.bundle.verify import STAGE, verify_bundle
 
     manifest = read_manifest(path)
     if manifest.stage != STAGE and not (path / LOCK_NAME).exists():
+        if signer is not None:
+            raise UsageProblem(
+                f"{path} is the folder of a stage ({manifest.stage}), which is never signed",
+                "Leave --key or --identity out, or give the bundle.",
+            )
         check(path)
         size = sum(entry.size for entry in manifest.files)
         return {"path": str(path), "kind": manifest.stage, "digest": manifest.digest,
                 "files": len(manifest.files), "bytes": size, "verdict": "as sealed"}  # fmt: skip
-    bundle = verify_bundle(path, key, progress=progress)
+    if isinstance(signer, Path):
+        bundle = verify_bundle(path, signer, progress=progress)
+    else:
+        bundle = verify_bundle(path, identity=signer, progress=progress)
     if bundle.signer is None:
         signature = "none"
     else:
-        proof = "valid" if bundle.authenticated else "not checked (no --key)"
-        signature = f"{proof}, key {bundle.signer}"
+        proof = "valid" if bundle.authenticated else "not checked (neither --key nor --identity)"
+        signature = f"{proof}, {'key' if _FINGERPRINT.fullmatch(bundle.signer) else 'by'} {bundle.signer}"
     gates = bundle.lock.gates
     return {
         "path": str(path),
@@ -140,6 +181,7 @@ def _verified(path: Path, key: Path | None) -> dict[str, Any]:
         "files": bundle.files,
         "bytes": bundle.bytes,
         "signature": signature,
+        "structure": bundle.structure,
         "source": f"{bundle.lock.source.name} {bundle.lock.source.revision or bundle.lock.source.digest}",
         "gates": gates.outcome + (f" (override: {gates.override})" if gates.override else ""),
         "verdict": "as sealed",
