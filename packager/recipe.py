@@ -441,6 +441,9 @@ class BundleSpec(Spec):
     limitations: str = ""
     inherited: tuple[dict[str, str], ...] = ()
     """Figures published by others: `{claim, source}`; printed as inherited, never as measured."""
+    image: str | None = Field(default=None, pattern=r"^[a-z0-9][\w./:-]*@sha256:[0-9a-f]{64}$")
+    """vLLM's container, `name@sha256:digest` (`docker buildx imagetools inspect` prints it); None: the tag of
+    the release that this package was tested with, which its owner can move."""
 
 
 class PublishSpec(Spec):

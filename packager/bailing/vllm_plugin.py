@@ -1,16 +1,19 @@
 """vLLM general plugin: BailingMoeV2 without trust_remote_code, and with EAGLE3.
 
-vLLM calls `register` (entry point group `vllm.general_plugins`) in every process it starts.
+vLLM calls `register` (entry point group `vllm.general_plugins`) in every process it starts. This module,
+`vllm_model` and `hf_config` import nothing else of their package: bundles carry the three, byte for byte, in a
+wheel of their own (packager.bundle.plugin_wheel).
 """
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
 SYNTHETIC_ON_CPU = "PACKAGER_SYNTHETIC_ACCEPTANCE"
 """Set in the environment of a server that measures speed at an acceptance given beforehand."""
-_CLASS = "packager.bailing.vllm_model:BailingMoeV2ForCausalLM"
+_CLASS = f"{__package__}.vllm_model:BailingMoeV2ForCausalLM"
 
 
 def register() -> None:
@@ -20,11 +23,12 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    from packager.bailing import hf_config
+    from . import hf_config
 
     hf_config.register()
     ModelRegistry.register_model(ARCHITECTURE, _CLASS)
-    if os.environ.get(SYNTHETIC_ON_CPU):
-        from packager.bailing import vllm_synthetic
+    # Only the packager measures; a bundle's wheel has no such module.
+    if os.environ.get(SYNTHETIC_ON_CPU) and find_spec(".vllm_synthetic", __package__):
+        from . import vllm_synthetic
 
         vllm_synthetic.register()

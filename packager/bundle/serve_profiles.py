@@ -33,6 +33,8 @@ class Profile:
     """Draft tokens by number of requests; empty: the same for any number."""
     command: tuple[str, ...]
     """Run inside the bundle's directory."""
+    spec: ServeSpec
+    """What `command` was made from."""
 
     @property
     def shell(self) -> str:
@@ -87,7 +89,7 @@ def _profile(
     )
     ranges = spec.speculation if draft else ()
     command = vllm_command(spec, host=HOST, port=PORT, python="python", target=device)
-    return Profile(name, device, tensor_parallel, ranges, tuple(command))
+    return Profile(name, device, tensor_parallel, ranges, tuple(command), spec)
 
 
 def _speculation(recipe: Recipe, profile: Profile, draft: bool) -> dict[str, Any]:
