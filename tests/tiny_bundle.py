@@ -78,11 +78,15 @@ def make_stages(
     seed: int = 0,
     gates: tuple[Gate, ...] = PASSED,
     evidence_metrics: dict[str, Any] | None = None,
+    rows: int = 64,
     **sections: Any,
 ) -> Stages:
-    """Seal fp8, context, draft and evidence under `root`, each made from the one before it."""
+    """Seal fp8, context, draft and evidence under `root`, each made from the one before it.
+
+    `rows`: of the one tensor in each of two shards, 128 bytes or so each.
+    """
     rng = np.random.default_rng(seed)
-    shards = {f"model-0000{i}-of-00002.safetensors": rng.standard_normal((64, 32 + i)) for i in (1, 2)}
+    shards = {f"model-0000{i}-of-00002.safetensors": rng.standard_normal((rows, 32 + i)) for i in (1, 2)}
     fp8 = root / "fp8"
     with ArtifactWriter(fp8, stage="fp8", recipe_digest="sha256:r", inputs={"source": SOURCE_DIGEST}) as w:
         for name, tensor in shards.items():

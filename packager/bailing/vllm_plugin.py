@@ -1,8 +1,8 @@
 """vLLM general plugin: BailingMoeV2 without trust_remote_code, and with EAGLE3.
 
 vLLM calls `register` (entry point group `vllm.general_plugins`) in every process it starts. This module,
-`vllm_model` and `hf_config` import nothing else of their package: bundles carry the three, byte for byte, in a
-wheel of their own (packager.bundle.plugin_wheel).
+`vllm_model` and `hf_config` import nothing else of their package: bundles carry the three, byte for byte, in
+a wheel of their own (packager.bundle.plugin_wheel).
 """
 
 from __future__ import annotations

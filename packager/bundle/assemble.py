@@ -6,6 +6,7 @@ evidence/    the validation report
 bundle.lock  the chain of digests, with every manifest
 serve.yaml   how to serve it
 README.md    the model card
+deploy/, bom.cdx.json, provenance.json   plugin wheel, containers, what it is made of and how (companions.py)
 model.sig    the signature; it covers all of the above and the manifest, and is written last
 """
 
@@ -26,6 +27,7 @@ from packager.artifact import (
     read_manifest,
 )
 from packager.bundle.card import license_note, measured_context, model_card
+from packager.bundle.companions import write_companions
 from packager.bundle.contents import TOLERATED, path_problem
 from packager.bundle.lock import LOCK_NAME, Lock, build_lock
 from packager.bundle.serve_profiles import measured_speculation, serve_yaml
@@ -125,6 +127,7 @@ def _assemble(
         writer.write_text("LICENSE-NOTE.md", license_note(recipe))
         card = model_card(recipe, lock, folders["evidence"], draft=has_draft, signer=fingerprint)
         writer.write_text("README.md", card)
+        write_companions(writer, recipe, lock, folders)
         return writer.seal(
             {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}
         )

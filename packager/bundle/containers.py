@@ -1,6 +1,6 @@
 """How a bundle is served from a container: Containerfile, compose.yaml, kubernetes.yaml.
 
-One profile, the first for GPUs, in each; the command is `vllm_command`'s, with the bundle mounted at `/model`.
+One profile, the first for GPUs, in each; the command is `vllm_command`'s, with the bundle mounted at /model.
 All run without a network once the bundle is there, and none needs an image of one's own: the plugin is
 unpacked from the wheel beside these files, in Kubernetes by an init container.
 
@@ -33,6 +33,7 @@ _MODEL = Path("/model")
 _PLUGIN = "/opt/bailing-moe-v2-plugin"
 _UNPACK = ("python3", "-m", "zipfile", "-e")
 """Installs a wheel of plain Python without pip, network or root."""
+_UNMEASURED = "The evidence was not taken in a container."
 _SLOWEST_READ = 0.2e9
 """Bytes/s of a cold network disk; what the time allowed for starting is reckoned with."""
 _COMPILE_SECONDS = 1200
@@ -110,10 +111,11 @@ def _pin(container: _Container) -> str:
 def _containerfile(container: _Container) -> str:
     environment = " ".join(f"{key}={value}" for key, value in (OFFLINE | {"PYTHONPATH": _PLUGIN}).items())
     head = _comment(
-        f"{container.title}: vLLM with the plugin, without the weights. Build and run from the bundle's folder:\n"
+        f"{container.title}: vLLM with the plugin, without weights. Build and run from the bundle's folder:\n"
         f"  docker build -t {container.name} deploy\n"
-        f"  docker run --gpus all --ipc=host -v \"$PWD\":{_MODEL}:ro -p 127.0.0.1:{PORT}:{PORT} {container.name}\n"
-        f"{_pin(container)}"
+        f'  docker run --gpus all --ipc=host -v "$PWD":{_MODEL}:ro -p 127.0.0.1:{PORT}:{PORT} '
+        f"{container.name}\n"
+        f"{_UNMEASURED}\n{_pin(container)}"
     )
     unpack = json.dumps([*_UNPACK, f"/tmp/{WHEEL_NAME}", _PLUGIN])
     return (
@@ -161,7 +163,7 @@ def _compose(container: _Container) -> str:
     head = _comment(
         f"{container.title}. From the bundle's folder:\n"
         "  docker compose -f deploy/compose.yaml up --build\n"
-        f"It listens on this machine alone, port {PORT}. {_pin(container)}"
+        f"It listens on this machine alone, port {PORT}.\n{_UNMEASURED}\n{_pin(container)}"
     )
     return head + _yaml({"name": container.name, "services": {"model": service}})
 
@@ -213,7 +215,7 @@ def _kubernetes(container: _Container) -> str:
     head = _comment(
         f"{container.title}.\n  kubectl apply -f deploy/kubernetes.yaml\n{filled}\n"
         "Reachable inside the cluster alone; put authentication before it to open it further.\n"
-        f"{_pin(container)}"
+        f"{_UNMEASURED}\n{_pin(container)}"
     )
     return head + "---\n".join(_yaml(document) for document in (claim, deployment, service))
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from packager.artifact import MANIFEST_NAME
+from packager.bundle.plugin_wheel import is_wheel_path, wheel_problem
 from packager.bundle.signature import SIGNATURE_NAME
 
 TOLERATED = (SIGNATURE_NAME, ".gitattributes", ".cache/huggingface/*")
@@ -13,7 +14,7 @@ TOLERATED = (SIGNATURE_NAME, ".gitattributes", ".cache/huggingface/*")
 
 _WEIGHTS_AND_TEXT = (".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".md", ".yaml", ".lock", ".model")
 _REPORTS = (".html", ".xml", ".csv", ".svg", ".png")
-_BARE_NAMES = re.compile(r"(LICENSE|LICENCE|NOTICE|COPYING)([-.].*)?", re.IGNORECASE)
+_BARE_NAMES = re.compile(r"(LICENSE|LICENCE|NOTICE|COPYING)([-.].*)?|Containerfile", re.IGNORECASE)
 _ACTIVE = re.compile(
     r"\.(py|sh|js|so|dll|exe|pkl|pickle|pt|pth|bin|ckpt|h5|whl|zip|tar|gz)(\.|$)", re.IGNORECASE
 )
@@ -35,7 +36,7 @@ def path_problem(path: str) -> str | None:
     name = PurePosixPath(path).name
     if any(ord(c) < 32 or 0x200B <= ord(c) <= 0x200F or 0x202A <= ord(c) <= 0x202E for c in path):
         return "its name holds invisible characters"
-    if path == MANIFEST_NAME or _BARE_NAMES.fullmatch(name):
+    if path == MANIFEST_NAME or _BARE_NAMES.fullmatch(name) or is_wheel_path(path):
         return None
     if _ACTIVE.search(name):
         return "code, pickles and archives may not be in a bundle"
@@ -52,6 +53,8 @@ def content_problem(file: Path) -> str | None:
     """
     if file.suffix == ".safetensors":
         return _safetensors_problem(file)
+    if file.suffix == ".whl":
+        return wheel_problem(file)
     with file.open("rb") as stream:
         start = stream.read(4)
     return next((f"it is {what}" for magic, what in _MAGIC.items() if start.startswith(magic)), None)

@@ -1,6 +1,6 @@
 """The wheel in a bundle: what engines lack of BailingMoeV2, and nothing else of this package.
 
-It holds the modules of packager.bailing that `vllm_plugin` needs, byte for byte, so that who reviews those has
+It holds the modules of packager.bailing that `vllm_plugin` needs, byte for byte: who reviews those has
 reviewed the wheel. Installed, vLLM finds the config class and the model with the EAGLE3 interface through the
 entry point group `vllm.general_plugins`, and SGLang, whose own model suffices, finds the config class through
 `sglang.srt.plugins` (docs.sglang.io/docs/hardware-platforms/plugin). Where there is no pip
@@ -35,7 +35,7 @@ MODULES = ("hf_config", "vllm_model", "vllm_plugin")
 """Of packager.bailing; each imports only engines, or one of the others by a relative name."""
 REVIEWED: Mapping[str, str] = {
     "bailing_moe_v2_plugin-0.1.0-py3-none-any.whl": (
-        "64fe1411f60674d5d60b9f40ff17b3522b38253016eaf2967c6605c2df1a7fef"
+        "cf7b93e7825d391915375bbb654ab298706f7883375210fd01d857b073c461b9"
     ),
 }
 """File name to SHA-256 of every wheel that a release of this package has put into bundles."""

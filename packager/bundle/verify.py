@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.artifact import MANIFEST_NAME, FileEntry, Manifest, file_sha256, read_manifest
+from packager.bundle.companions import COMPANIONS, companion_problems
 from packager.bundle.contents import TOLERATED, content_problem, path_problem
 from packager.bundle.lock import LOCK_NAME, REPORT_NAME, Lock, chain_problems, gate_state, read_lock
 from packager.bundle.lock import unmeasured_stages as unmeasured
@@ -20,8 +21,8 @@ from packager.errors import BadInput, IntegrityFailure
 
 STAGE = "bundle"
 """What a bundle's manifest calls itself."""
-GENERATED = frozenset({LOCK_NAME, "README.md", "LICENSE-NOTE.md", "serve.yaml"})
-"""Files at the top of a bundle that no stage made: they are written when it is assembled."""
+GENERATED = frozenset({LOCK_NAME, "README.md", "LICENSE-NOTE.md", "serve.yaml"}) | COMPANIONS
+"""Files of a bundle that no stage made: they are written when it is assembled."""
 _REMEDY = "Remove the directory and get the bundle again from its publisher."
 
 
@@ -69,7 +70,8 @@ def verify_bundle(
     signer = _check_signature(path, manifest, public_key)
     _refuse(path, _byte_problems(path, manifest))
     lock = read_lock(path)
-    _refuse(path, [*chain_problems(lock), *_origin_problems(manifest, lock), *_evidence_problems(path, lock)])
+    problems = [*chain_problems(lock), *_origin_problems(manifest, lock), *companion_problems(path, manifest)]
+    _refuse(path, [*problems, *_evidence_problems(path, lock)])
     return VerifiedBundle(
         path, manifest.digest, len(manifest.files), total, signer, bool(signer and public_key), lock
     )

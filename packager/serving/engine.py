@@ -146,7 +146,7 @@ def sglang_command(spec: ServeSpec, *, host: str = "127.0.0.1", port: int = 8000
 
 
 def server_environment(spec: ServeSpec, target: Device | None = None) -> dict[str, str]:
-    """The whole environment of the server process: ours, vLLM's for this machine, and `spec.env` above all."""
+    """The whole environment of the server process: ours, vLLM's for this machine, `spec.env` above all."""
     environment = dict(os.environ)
     if (target or device()) == "cpu":
         environment |= cpu_environment()
