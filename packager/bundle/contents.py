@@ -54,7 +54,7 @@ def content_problem(file: Path) -> str | None:
     if file.suffix == ".safetensors":
         return _safetensors_problem(file)
     if file.suffix == ".whl":
-        return wheel_problem(file)
+        return wheel_problem(file.name, file.read_bytes())
     with file.open("rb") as stream:
         start = stream.read(4)
     return next((f"it is {what}" for magic, what in _MAGIC.items() if start.startswith(magic)), None)

@@ -19,9 +19,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
-
-from packager.artifact import file_sha256
+from pathlib import PurePosixPath
 
 PLUGIN_VERSION = "0.1.0"
 """Of the wheel's contents; not of this package, so that most releases of it leave the wheel as it was."""
@@ -112,9 +110,13 @@ def is_wheel_path(path: str) -> bool:
     return _WHEEL.fullmatch(path) is not None
 
 
-def wheel_problem(file: Path) -> str | None:
-    """Why a wheel is not one that was reviewed, or None."""
-    known = REVIEWED.get(file.name)
+def wheel_problem(path: str, data: bytes) -> str | None:
+    """Why the content of a file where `is_wheel_path` is not a wheel that was reviewed, or None."""
+    known = REVIEWED.get(PurePosixPath(path).name)
     if known is None:
         return "a wheel that this version of packager does not know; a newer one may"
-    return None if file_sha256(file) == known else "not the plugin that was reviewed: its code is other"
+    return (
+        None
+        if hashlib.sha256(data).hexdigest() == known
+        else "not the plugin that was reviewed: its code is other"
+    )
