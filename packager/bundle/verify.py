@@ -70,8 +70,8 @@ def verify_bundle(
     signer = _check_signature(path, manifest, public_key)
     _refuse(path, _byte_problems(path, manifest))
     lock = read_lock(path)
-    problems = [*chain_problems(lock), *_origin_problems(manifest, lock), *companion_problems(path, manifest)]
-    _refuse(path, [*problems, *_evidence_problems(path, lock)])
+    _refuse(path, [*chain_problems(lock), *_origin_problems(manifest, lock), *_evidence_problems(path, lock)])
+    _refuse(path, companion_problems(path, manifest))
     return VerifiedBundle(
         path, manifest.digest, len(manifest.files), total, signer, bool(signer and public_key), lock
     )
