@@ -480,6 +480,9 @@ class BundleSpec(Spec):
     """Printed as inherited, never as measured."""
     evaluation_sets: dict[str, EvaluationSet] = {}
     """By task of the items, or by lm-eval's name of a benchmark."""
+    image: str | None = Field(default=None, pattern=r"^[a-z0-9][\w./:-]*@sha256:[0-9a-f]{64}$")
+    """vLLM's container, `name@sha256:digest` (`docker buildx imagetools inspect` prints it); None: the tag of
+    the release that this package was tested with, which its owner can move."""
 
 
 class PublishSpec(Spec):

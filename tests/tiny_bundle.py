@@ -81,15 +81,17 @@ def make_stages(
     gates: tuple[Gate, ...] = PASSED,
     evidence_metrics: dict[str, Any] | None = None,
     extra: Mapping[str, bytes] | None = None,
+    rows: int = 64,
     **sections: Any,
 ) -> Stages:
     """Seal fp8, context, draft and evidence under `root`, each made from the one before it.
 
-    Files of `extra` stand in place of those of the same name, or beside them, from the first stage on.
+    Files of `extra` stand in place of those of the same name, or beside them, from the first on. `rows`:
+    of the one tensor in each of two shards, 128 bytes or so each.
     """
     rng = np.random.default_rng(seed)
     given = dict(extra or {})
-    shards = {f"model-0000{i}-of-00002.safetensors": rng.standard_normal((64, 32 + i)) for i in (1, 2)}
+    shards = {f"model-0000{i}-of-00002.safetensors": rng.standard_normal((rows, 32 + i)) for i in (1, 2)}
     if "model.safetensors" in given:
         shards = {}
     fp8 = root / "fp8"

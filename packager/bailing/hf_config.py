@@ -1,7 +1,7 @@
 """The transformers configuration of BailingMoeV2, so that no code inside a checkpoint is ever run.
 
 transformers does not know `bailing_moe` or `bailing_moe_v2`, so stock vLLM asks for `trust_remote_code`.
-Registering these classes (packager.bailing.vllm_plugin does it in every vLLM process) removes that need.
+Registering these classes (vllm_plugin beside this file does it in every vLLM process) removes that need.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ evidence/    the validation report
 bundle.lock  the chain of digests, with every manifest
 serve.yaml   how to serve it
 README.md    the model card; README.zh.md the same in Chinese, .eval_results/ its results for the hub
+deploy/, bom.cdx.json, provenance.json   plugin wheel, containers, what it is made of and how (companions.py)
 model.sig    the signature; it covers all of the above and the manifest, and is written last
 """
 
@@ -27,6 +28,7 @@ from packager.artifact import (
 )
 from packager.bundle.card import card_files, license_note, measured_context
 from packager.bundle.card_settings import CardSettings, card_settings
+from packager.bundle.companions import write_companions
 from packager.bundle.contents import TOLERATED, path_problem
 from packager.bundle.licensing import licence_statements, require_decided
 from packager.bundle.lock import LOCK_NAME, Lock, build_lock
@@ -160,6 +162,7 @@ def _assemble(
         writer.write_text("LICENSE-NOTE.md", license_note(lock.card, lock.source.name))
         for name, text in card_files(lock, folders["evidence"]).items():
             writer.write_text(name, text)
+        write_companions(writer, recipe, lock, folders)
         return writer.seal(
             {"gates": lock.gates.outcome, "override": lock.gates.override, "linked_bytes": linked}
         )

@@ -12,6 +12,7 @@ from packager.artifact import MANIFEST_NAME, file_sha256
 from packager.artifact.strict_json import strict_json
 from packager.bundle.lock import LOCK_NAME
 from packager.bundle.names import name_problem
+from packager.bundle.plugin_wheel import is_wheel_path, wheel_problem
 from packager.bundle.secret_strings import secret_in
 from packager.bundle.signature import SIGNATURE_NAME
 from packager.checkpoint.folder import MAX_JSON_BYTES, MAX_WHOLE_BYTES
@@ -22,7 +23,7 @@ TOLERATED = (SIGNATURE_NAME, ".gitattributes", ".cache/huggingface/*")
 
 _WEIGHTS_AND_TEXT = (".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".md", ".yaml", ".lock", ".model")
 _REPORTS = (".html", ".xml", ".csv", ".svg", ".png")
-_BARE_NAMES = re.compile(r"(LICENSE|LICENCE|NOTICE|COPYING)([-.].*)?", re.IGNORECASE)
+_BARE_NAMES = re.compile(r"(LICENSE|LICENCE|NOTICE|COPYING)([-.].*)?|Containerfile", re.IGNORECASE)
 _ACTIVE = re.compile(
     r"\.(py|sh|js|so|dll|exe|pkl|pickle|pt|pth|bin|ckpt|h5|whl|zip|tar|gz)(\.|$)", re.IGNORECASE
 )
@@ -54,7 +55,7 @@ def path_problem(path: str) -> str | None:
     if reason:
         return reason
     name = PurePosixPath(path).name
-    if path == MANIFEST_NAME or _BARE_NAMES.fullmatch(name):
+    if path == MANIFEST_NAME or _BARE_NAMES.fullmatch(name) or is_wheel_path(path):
         return None
     if _ACTIVE.search(name):
         return "code, pickles and archives may not be in a bundle"
@@ -79,6 +80,8 @@ def examine(file: Path, path: str) -> tuple[str, str | None]:
 
 def content_problem(path: str, data: bytes) -> str | None:
     """Why the content of a file that is not weights disagrees with its harmless name, or None."""
+    if is_wheel_path(path):
+        return wheel_problem(path, data)
     suffix = PurePosixPath(path).suffix.lower()
     reason = next((f"it is {what}" for magic, what in _MAGIC.items() if data.startswith(magic)), None)
     if reason is None and _is_old_pickle(data):

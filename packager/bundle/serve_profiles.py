@@ -37,6 +37,8 @@ class Profile:
     """Draft tokens by number of requests; empty: the same for any number."""
     command: tuple[str, ...]
     """Run inside the bundle's directory."""
+    spec: ServeSpec
+    """What `command` was made from."""
     needs: Needs | None = None
     """None: the model's sizes are not known."""
 
@@ -156,7 +158,7 @@ def _profile(
         needs = needs_on_gpus(served.stored, tensor_parallel)
     elif served is not None:
         needs = needs_on_cpu(served.stored, served.dequantized)
-    return Profile(name, device, tensor_parallel, ranges, tuple(command), needs)
+    return Profile(name, device, tensor_parallel, ranges, tuple(command), spec, needs)
 
 
 def _speculation(recipe: Recipe, profile: Profile, draft: bool) -> dict[str, Any]:

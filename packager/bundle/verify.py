@@ -12,6 +12,7 @@ from pathlib import Path
 
 from packager.artifact import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from packager.bundle.card_check import card_problems, is_card
+from packager.bundle.companions import COMPANIONS, companion_problems
 from packager.bundle.contents import TOLERATED, examine, path_problem
 from packager.bundle.faults import Fault, remedies
 from packager.bundle.keyless import Identity
@@ -24,8 +25,8 @@ from packager.errors import BadInput, IntegrityFailure
 
 STAGE = "bundle"
 """What a bundle's manifest calls itself."""
-GENERATED = frozenset({LOCK_NAME, "serve.yaml"})
-"""Files at the top of a bundle that no stage made, beside the card: they are written when it is assembled."""
+GENERATED = frozenset({LOCK_NAME, "serve.yaml"}) | COMPANIONS
+"""Files of a bundle that no stage made, beside the card: they are written when it is assembled."""
 _REMEDY = "Remove the directory and get the bundle again from its publisher."
 _SEALED_WRONG = "No download does this: tell its publisher, who has to bundle again from sound stages."
 
@@ -90,6 +91,7 @@ def verify_bundle(
     _refuse(path, card_problems(path, lock, manifest))
     structure = check_weights(path)
     _refuse(path, structure.problems)
+    _refuse(path, companion_problems(path, manifest))
     return VerifiedBundle(
         path,
         manifest.digest,

@@ -14,6 +14,9 @@ from packager.errors import BadInput
 from packager.recipe import SpeculationRange
 from packager.serving.cpu import CPU_ARGUMENTS, Device, cpu_environment, device
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+"""Checkpoints are local, so the hub is switched off; vLLM's usage report is too."""
+
 
 @dataclass(frozen=True)
 class ServeSpec:
@@ -151,13 +154,10 @@ def sglang_command(
 
 
 def server_environment(spec: ServeSpec, target: Device | None = None) -> dict[str, str]:
-    """The whole environment of the server process: ours, vLLM's for this machine, and `spec.env` above all.
-
-    Checkpoints are local, so the hub is switched off; vLLM's usage report is too.
-    """
+    """The whole environment of the server process: ours, vLLM's for this machine, `spec.env` above all."""
     environment = dict(os.environ)
     if (target or device()) == "cpu":
         environment |= cpu_environment()
     if spec.synthetic_acceptance_length is not None:
         environment[SYNTHETIC_ON_CPU] = "1"
-    return environment | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"} | spec.env
+    return environment | OFFLINE | spec.env
