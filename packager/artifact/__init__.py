@@ -19,7 +19,7 @@ from packager.artifact.manifest import (
     read_manifest,
     sealed_for,
 )
-from packager.artifact.writer import ArtifactWriter, HashingFile, require_space, writing
+from packager.artifact.writer import ArtifactWriter, HashingFile, writing
 
 __all__ = [
     "JOURNAL_NAME",
@@ -33,7 +33,6 @@ __all__ = [
     "is_sealed",
     "parse_manifest",
     "read_manifest",
-    "require_space",
     "sealed_for",
     "writing",
 ]

@@ -55,16 +55,6 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def require_space(directory: Path, needed: int) -> None:
-    """Raise BadInput before the work rather than after hours of it, if `needed` bytes will not fit."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise BadInput(
-            f"{directory} has {free / 1e9:.3f} GB free; {needed / 1e9:.3f} GB are still to be written",
-            "Free space or choose another directory; finished files are kept.",
-        )
-
-
 def _fsync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:

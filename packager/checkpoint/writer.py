@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from packager.artifact import ArtifactWriter, FileEntry, HashingFile, is_sealed, read_manifest
 from packager.checkpoint.folder import Folder
-from packager.checkpoint.header import DTYPE_BYTES, build_header
+from packager.checkpoint.header import DTYPE_BYTES, build_header, readable_bytes
 from packager.checkpoint.source import INDEX_NAME
-from packager.errors import IntegrityFailure
+from packager.errors import BadInput, IntegrityFailure
 
 _CHUNK = 1 << 22
 
@@ -141,3 +143,13 @@ def _download(writer: ArtifactWriter, source: Folder, name: str) -> None:
                 )
     finally:
         origin.close()
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise BadInput before the work rather than after hours of it, if `needed` bytes will not fit."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise BadInput(
+            f"{directory} has {readable_bytes(free)} free; {readable_bytes(needed)} are still to be written",
+            "Free space or choose another directory; finished files are kept.",
+        )

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from packager.artifact import MANIFEST_NAME, read_manifest, require_space, writing
+from packager.artifact import MANIFEST_NAME, read_manifest, writing
 from packager.bundle.verify import verify_bundle
+from packager.checkpoint.writer import require_space
 from packager.errors import BadInput, IntegrityFailure
 from packager.publish.hub_transaction import LocalFile, local_files, short_digest
 from packager.publish.preflight import preflight

@@ -17,14 +17,20 @@ from packager.artifact import (
     Manifest,
     file_sha256,
     is_sealed,
-    require_space,
     sealed_for,
 )
 from packager.bailing.config import BailingConfig
 from packager.checkpoint.header import DTYPE_BYTES, readable_bytes
 from packager.checkpoint.memory import available_memory
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, locate
-from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, plan_shards, write_index
+from packager.checkpoint.writer import (
+    ShardData,
+    ShardPlan,
+    TensorSpec,
+    plan_shards,
+    require_space,
+    write_index,
+)
 from packager.errors import BadInput, UsageProblem
 from packager.layouts import Do
 from packager.quantize.calibration_data import choose, read_lines, tokenize

@@ -11,11 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from packager.artifact import ArtifactWriter, Manifest, is_sealed, require_space, sealed_for
+from packager.artifact import ArtifactWriter, Manifest, is_sealed, sealed_for
 from packager.checkpoint.folder import Folder
 from packager.checkpoint.header import TensorInfo, readable_bytes
 from packager.checkpoint.source import CONFIG_NAME, Checkpoint, listed, numpy_dtype
-from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, write_index
+from packager.checkpoint.writer import ShardPlan, TensorSpec, plan_shards, require_space, write_index
 from packager.errors import BadInput, UsageProblem
 from packager.layouts import Do, Expected, count_parameters
 from packager.quantize import fidelity

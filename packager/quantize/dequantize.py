@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packager.artifact import ArtifactWriter, Manifest, require_space, sealed_for
+from packager.artifact import ArtifactWriter, Manifest, sealed_for
 from packager.checkpoint.folder import Folder
 from packager.checkpoint.source import CONFIG_NAME, INDEX_NAME, TensorReader
-from packager.checkpoint.writer import ShardData, ShardPlan, TensorSpec, carry_over, write_index
+from packager.checkpoint.writer import (
+    ShardData,
+    ShardPlan,
+    TensorSpec,
+    carry_over,
+    require_space,
+    write_index,
+)
 from packager.quantize.quantized import WeightCheckpoint
 from packager.recipe import Spec
 
