@@ -180,7 +180,9 @@ def theirs(model: Any, data: Path, spec: DraftSpec, hidden: int, length: int, bf
             READING.append(time.perf_counter() - began)
             if batch is None:
                 break
-            inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            inputs = {
+                key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)
+            }
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 _, loss, _ = model(
                     **inputs, ttt_steps=spec.ttt_steps, ttt_step_loss_decay=STEP_DECAY, loss_config=losses

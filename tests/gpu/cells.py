@@ -1,9 +1,8 @@
-"""Measurements as cells: each leaves one JSON file, is skipped where that exists, and begins only if it fits."""
+"""Measurements as cells: each leaves a JSON file, is skipped where that exists, begins only if it fits."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -59,4 +58,4 @@ def run_cells(cells: Iterable[Cell], out: Path, until: float, stamp: Figures) ->
 def _write(file: Path, document: Figures) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    part.replace(file)

@@ -79,8 +79,8 @@ def kernel(device: torch.device, experts: int, power_of_two: bool) -> Figures:
 def from_page_cache(device: torch.device, experts: int) -> Figures:
     """BF16 from a file in the page cache to the device, quantized, codes back and into a file: GB/s of BF16.
 
-    Two buffers, so that reading, copying and the kernel overlap on a GPU. Hashing and the ledger are left out:
-    it bounds what a GPU could add to the conversion, whose own rate `benchmarks/quantize.py` prints.
+    Two buffers, so that reading, copying and the kernel overlap on a GPU. Hashing and ledger are left out: it
+    bounds what a GPU could add to the conversion, whose own rate `benchmarks/quantize.py` prints.
     """
     rows, columns = TRUE[0]
     fused = torch.compile(quantize_blocks, dynamic=False)

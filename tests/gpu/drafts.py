@@ -53,9 +53,7 @@ def draft_cells(device: torch.device, scale: str) -> Iterator[Cell]:
             )
 
 
-def train(
-    device: torch.device, scale: str, which: str, length: int, samples: int, seconds: float
-) -> Figures:
+def train(device: torch.device, scale: str, which: str, length: int, samples: int, seconds: float) -> Figures:
     """Rates of one loop over samples of `length` tokens, half of them prompt.
 
     `of_matrix_rate` counts 6 operations a trained parameter and padded token for every training-time-test
@@ -64,6 +62,7 @@ def train(
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import draft_training as loops
     from conversion import ceilings
+
     from packager.draft.config import draft_config
     from packager.draft.loss import Target
     from packager.draft.ranks import Ranks
@@ -126,8 +125,9 @@ def train(
 def _samples(
     root: Path, count: int, length: int, hidden: int, vocabulary: int, generator: torch.Generator
 ) -> list[Any]:
-    from packager.draft.states import Sample
     from safetensors.torch import save_file
+
+    from packager.draft.states import Sample
 
     found = []
     for number in range(count):

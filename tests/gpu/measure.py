@@ -1,4 +1,4 @@
-"""Evidence from a GPU, cell by cell: `python tests/gpu/measure.py PIECE… --out DIR`; see README.md beside it."""
+"""Evidence from a GPU, cell by cell: `python tests/gpu/measure.py PIECE… --out DIR`; see README.md here."""
 
 from __future__ import annotations
 

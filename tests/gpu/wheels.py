@@ -1,8 +1,8 @@
-"""Wheels for a machine without internet: downloaded here, cut into pieces that a transfer takes, joined there.
+"""Wheels for a machine without internet: downloaded, cut into pieces that a transfer takes, joined there.
 
-    python tests/gpu/wheels.py download FOLDER             wheels.txt, for Python 3.12 on x86-64
-    python tests/gpu/wheels.py cut FOLDER PIECES --mib 58  one archive, in files of at most that size
-    python tests/gpu/wheels.py join PIECES TARGET          checked by SHA-256, then installed with pip --target
+python tests/gpu/wheels.py download FOLDER             wheels.txt, for Python 3.12 on x86-64
+python tests/gpu/wheels.py cut FOLDER PIECES --mib 58  one archive, in files of at most that size
+python tests/gpu/wheels.py join PIECES TARGET          checked by SHA-256, then installed with pip --target
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cut(folder: Path, pieces: Path, mib: int) -> int:
 
 
 def join(pieces: Path, target: Path) -> None:
-    """Join pieces that have all come and install their wheels. Raises SystemExit: one is missing or spoiled."""
+    """Join pieces that have all come, install their wheels. Raises SystemExit: one is missing or spoiled."""
     digests = json.loads((pieces / INDEX).read_text())
     raw = io.BytesIO()
     for number, digest in enumerate(digests):
