@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import served_capacity
 
 from packager.artifact import check
 from packager.context.extend import extend
@@ -258,6 +259,10 @@ def test_vllm_drafts_by_batch_as_the_settings_say_from_a_speculators_export(
             readings.append(server.metrics())
         ask(server.url, "model", language.long_items(4, 2), max_tokens=24)
         beyond = acceptance_from_metrics(readings[-1], server.metrics())
+    # The draft's own layer takes its part of the cache.
+    capacity = served_capacity.reported(tmp_path / "server.log")
+    assert capacity == pytest.approx(served_capacity.planned(target, draft), rel=0.05)
+    assert capacity < 0.95 * served_capacity.planned(target)
     single = acceptance_from_metrics(readings[0], readings[1])
     drafted = [after[DRAFTED] - before[DRAFTED] for before, after in pairwise(readings)]
     assert single.length > 1.5

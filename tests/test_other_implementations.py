@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import served_capacity
 from conftest import write_checkpoint
 
 from packager.proof.dialect import scale_of
@@ -189,6 +190,9 @@ def test_vllm_answers_from_our_file_as_well_as_from_llmcompressors(
         with Server(ServeSpec(served), tmp_path / f"{label}.log") as server:
             target = Target(server.url, "model", label, label, tmp_path / "answers")
             runs.append(measure_accuracy(target, items))
+        assert served_capacity.reported(tmp_path / f"{label}.log") == pytest.approx(
+            served_capacity.planned(served), rel=0.05
+        )
     difference = compare_accuracy(*runs, margin_points=2.0).overall
     assert runs[1].overall.accuracy > 0.9
     assert abs(difference.difference_points) <= 2.0, difference

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from packager.bailing.config import BailingConfig
 from packager.cli.plan import command
 from packager.errors import BadInput, UsageProblem
 from packager.layouts import Described
+from packager.serving import tuned_kernels
 from packager.serving.plan import (
     Plan,
     decode_bound,
@@ -176,30 +179,139 @@ def test_every_declared_architecture_can_be_planned_and_a_dense_one_has_no_exper
     assert document["prefill_seconds_bound"] > 1
 
 
-SGLANG_OPTIONS = {
-    *("--model-path", "--served-model-name", "--host", "--port", "--context-length", "--tp-size"),
-    *("--speculative-algorithm", "--speculative-draft-model-path", "--speculative-num-steps"),
-    *("--speculative-eagle-topk", "--speculative-num-draft-tokens"),
+def printed_commands() -> list[dict[str, list[str]]]:
+    """What `plan` prints for every shape, card, number of cards, context and draft: vLLM's and SGLang's."""
+    more = [["--context", str(CONTEXT), "--draft-tokens", "5"], ["--no-draft"], ["--precision", "bf16"]]
+    lines = [[key] for key in hardware_file().cards] + [["h200", *one] for one in more]
+    found = {}
+    for shape, count, (key, *options) in product(("ling-flash-2.0", "seed-oss-36b"), (1, 2, 4, 8), lines):
+        line = ["--shape", shape, "--hardware", f"{count}x{key}", "--json", *options]
+        document = json.loads(CliRunner().invoke(command, line).stdout)
+        pair = {name: document[name] for name in ("serve_command", "sglang_command")}
+        if pair["serve_command"] is not None:
+            found[str(pair)] = pair
+    return list(found.values())
+
+
+SGLANG_OPTIONS: dict[str, type] = {
+    **dict.fromkeys(("--model-path", "--served-model-name", "--host", "--load-format"), str),
+    **dict.fromkeys(("--speculative-algorithm", "--speculative-draft-model-path"), str),
+    **dict.fromkeys(("--port", "--context-length", "--tp-size", "--speculative-num-steps"), int),
+    **dict.fromkeys(("--speculative-eagle-topk", "--speculative-num-draft-tokens"), int),
 }
-"""Of `sglang.srt.server_args` 0.5.23, whose parser took the command below when this was written."""
+"""By SGLang's page "Server Arguments" (0.5): what the option takes. The parser of 0.5.23 agrees."""
 
 
-def test_the_sglang_command_has_its_documented_options_or_passes_its_parser() -> None:
-    done = CliRunner().invoke(
-        command, ["--shape", "ling-flash-2.0", "--hardware", "2xh20", "--context", str(CONTEXT), "--json"]
+@pytest.mark.slow
+def test_the_parsers_of_vllm_and_sglang_take_every_command_that_plan_prints() -> None:
+    """SGLang's own parser where it is installed; else its documented options and their types."""
+    pytest.importorskip("vllm")
+    commands = printed_commands()
+    assert len(commands) > 12
+    wrong = [["vllm", "serve", "m", "--tensor-parallel", "two"], ["vllm", "serve", "m", "--spec", "{x"]]
+    lines = [pair["serve_command"] for pair in commands]
+    script = (
+        "import contextlib, dataclasses, io, json, sys\n"
+        "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
+        "from vllm.config.speculative import SpeculativeConfig\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "parser = make_arg_parser(FlexibleArgumentParser())\n"
+        "fields = {one.name for one in dataclasses.fields(SpeculativeConfig)}\n"
+        "def taken(line):\n"
+        "    try:\n"
+        "        with contextlib.redirect_stderr(io.StringIO()):\n"
+        "            found = parser.parse_args(line[2:])\n"
+        "    except SystemExit:\n"
+        "        return None\n"
+        "    drafted = found.speculative_config or {}\n"
+        "    return [found.model_tag, found.max_model_len, found.tensor_parallel_size, sorted(drafted),\n"
+        "            sorted(set(drafted) - fields)]\n"
+        "print(json.dumps([taken(line) for line in json.load(sys.stdin)]))\n"
     )
-    line = json.loads(done.stdout)["sglang_command"]
-    assert line[:3] == ["python", "-m", "sglang.launch_server"]
-    given = dict(zip(line[3::2], line[4::2], strict=True))
-    assert set(given) <= SGLANG_OPTIONS
-    assert (given["--speculative-num-steps"], given["--speculative-num-draft-tokens"]) == ("3", "4")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps([*lines, *wrong]),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
+    )
+    *found, tensor, spec = json.loads(done.stdout.splitlines()[-1])
+    assert tensor is None and spec is None
+    for line, (model, length, ways, drafted, unknown) in zip(lines, found, strict=True):
+        given = dict(pairwise(line))
+        assert line[:3] == ["vllm", "serve", model]
+        assert str(length) == given["--max-model-len"]
+        assert str(ways) == given.get("--tensor-parallel-size", "1")
+        assert bool(drafted) is ("--speculative-config" in given)
+        assert unknown == []
+    for pair in commands:
+        line = pair["sglang_command"]
+        assert line[:3] == ["python", "-m", "sglang.launch_server"]
+        given = dict(zip(line[3::2], line[4::2], strict=True))
+        assert given.keys() <= SGLANG_OPTIONS.keys()
+        assert all(SGLANG_OPTIONS[name](value) is not None for name, value in given.items())
+        if "--speculative-num-steps" in given:
+            steps, tokens = (given[f"--speculative-{name}"] for name in ("num-steps", "num-draft-tokens"))
+            assert int(tokens) == int(steps) + 1
     try:
         from sglang.srt.server_args import ServerArgs  # type: ignore[import-not-found]
     except ImportError:
         return
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    assert parser.parse_args(line[3:]).tp_size == 2
+    for pair in commands:
+        assert parser.parse_args(pair["sglang_command"][3:]).model_path == "BUNDLE"
+
+
+@pytest.mark.parametrize(
+    ("card", "tuned"),
+    [("h20", [False, False, True, True]), ("h200", [False, True, True, False]), ("b200", [None] * 4)],
+)
+def test_tuned_settings_of_the_expert_kernel_are_looked_for_by_the_shape_on_a_card(
+    flash: Described, card: str, tuned: list[bool | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of vLLM 0.32.0: N is 1024 / TP. On Blackwell, and with whole experts on Hopper, nothing reads them."""
+    monkeypatch.setattr(tuned_kernels, "shipped", tuned_kernels.table)
+    found = [tuned_kernels.kernels(flash.model, "fp8", card, ways) for ways in (1, 2, 4, 8)]
+    experts = [one.experts for one in found if one.experts is not None]
+    device = tuned_kernels.DEVICES[card]
+    assert [one.file for one in experts] == [
+        f"E=256,N={1024 // ways},device_name={device},dtype=fp8_w8a8,block_shape=[128,128].json"
+        for ways in (1, 2, 4, 8)
+    ]
+    assert [one.found if one.used == "yes" else None for one in experts] == tuned
+    whole = found[2].whole_experts
+    assert whole is not None and whole.file.startswith("E=64,N=1024,") and whole.used == "no"
+    assert {one.file.split(",device")[0] for one in found[1].dense} == {
+        *("N=2560,K=4096", "N=4096,K=2048", "N=9216,K=4096", "N=4096,K=4608"),
+        *("N=1024,K=4096", "N=4096,K=512"),
+    }
+
+
+def test_the_list_of_tuned_settings_is_that_of_the_release_it_names() -> None:
+    installed, listed = tuned_kernels.shipped(), tuned_kernels.table()
+    if not installed.installed or installed.release != listed.release:
+        pytest.skip("another vLLM is installed, or none")
+    assert listed.names <= installed.names
+    devices = tuple(f"device_name={name}{end}" for name in tuned_kernels.DEVICES.values() for end in ".,")
+    ours = [name for name in installed.names if any(device in name for device in devices)]
+    kinds = (".json", ",dtype=fp8_w8a8,block_shape=[128,128].json", ",dtype=int8_w8a8.json")
+    wanted = {name for name in ours if name.endswith(tuple(f"{d[:-1]}{k}" for d in devices for k in kinds))}
+    assert listed.names == wanted
+
+
+def test_output_fits_eighty_columns_and_its_commands_can_be_pasted() -> None:
+    line = ["--shape", "ling-flash-2.0", "--hardware", "2xh20", "--context", str(CONTEXT), "--plot"]
+    said = CliRunner().invoke(command, [*line, "--acceptance-length", "3.1"]).stdout
+    # The JSON of one option cannot be broken.
+    assert [row for row in said.splitlines() if len(row) > 80 and "--speculative-config" not in row] == []
+    assert "  2xh20: fused MoE not tuned (vLLM's default)" in said
+    document = json.loads(CliRunner().invoke(command, [*line, "--json"]).stdout)
+    for engine, name in (("vLLM", "serve_command"), ("SGLang", "sglang_command")):
+        pasted = said.split(f"serve with {engine}\n")[1].split("\n  (")[0].split("\n\n")[0]
+        assert shlex.split(pasted.replace("\\\n", " ")) == document[name]
+    assert document["kernels"]["splits"][2]["fused_moe"]["tuned"] is True
 
 
 def test_a_config_without_weights_is_enough(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ HERE = pathlib.Path(__file__).parent
 def add_cli_args(parser):
     for name in ("backend base-url endpoint model served-model-name tokenizer dataset-name dataset-path "
                  "custom-output-len num-prompts max-concurrency num-warmups seed temperature "
-                 "ready-check-timeout-sec percentile-metrics result-dir result-filename").split():
+                 "ready-check-timeout-sec percentile-metrics metric-percentiles result-dir result-filename").split():
         parser.add_argument("--" + name, required=True)
     for name in ("disable-shuffle disable-tqdm save-result save-detailed skip-chat-template "
                  "ignore-eos").split():

@@ -10,11 +10,23 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from validation.errors import MeasurementError
+
+WATCH_S = 1.0
+
+
+class BenchTimeout(MeasurementError):
+    """A run took longer than it was allowed."""
+
+
+class BenchFailed(MeasurementError):
+    """The benchmark ran and raised; the process goes on."""
 
 
 class BenchClient:
@@ -61,11 +73,15 @@ class BenchClient:
         )
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
 
-    def run(self, arguments: list[str], *, timeout_s: float) -> None:
+    def run(self, arguments: list[str], *, timeout_s: float, watch: Callable[[], None] | None = None) -> None:
         """One `vllm bench serve` with these arguments.
 
+        Args:
+            watch: called every `WATCH_S` seconds meanwhile; what it raises ends the run.
+
         Raises:
-            MeasurementError: the benchmark could not start, failed, or took longer than `timeout_s`.
+            BenchTimeout: it took longer than `timeout_s`. BenchFailed: the benchmark raised.
+            MeasurementError: it could not start, or its process ended.
         """
         self.warm()
         if not self._ready:
@@ -77,7 +93,7 @@ class BenchClient:
             self._process.stdin.flush()
         except OSError:
             raise self._failure("ended unexpectedly") from None
-        self._reply(timeout_s, "finish a run")
+        self._reply(timeout_s, "finish a run", watch)
 
     def close(self) -> None:
         """End the process; the next run starts another."""
@@ -103,29 +119,43 @@ class BenchClient:
             replies.put(line)
         replies.put("")
 
-    def _reply(self, timeout_s: float, what: str) -> None:
-        try:
-            line = self._replies.get(timeout=timeout_s)
-        except queue.Empty:
-            raise self._failure(f"did not {what} in {timeout_s:.0f} s") from None
+    def _reply(self, timeout_s: float, what: str, watch: Callable[[], None] | None = None) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                line = self._replies.get(timeout=min(left, WATCH_S) if watch else left)
+                break
+            except queue.Empty:
+                if left == 0 or watch is None:
+                    raise self._failure(f"did not {what} in {timeout_s:.0f} s", BenchTimeout) from None
+            try:
+                watch()
+            except BaseException:
+                self._kill()
+                raise
         if not line:
             raise self._failure("ended unexpectedly")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise self._failure(f"failed: {reply['error']}", end=False)
+            raise self._failure(f"failed: {reply['error']}", BenchFailed)
 
-    def _failure(self, what: str, *, end: bool = True) -> MeasurementError:
+    def _kill(self) -> None:
+        """End a run that is under way, and its process with it."""
+        if self._process is not None:
+            self._process.kill()
+        self.close()
+
+    def _failure(self, what: str, kind: type[MeasurementError] = MeasurementError) -> MeasurementError:
         tail = ""
         if self._log is not None:
             with contextlib.suppress(OSError):
                 tail = os.pread(
                     self._log.fileno(), 1500, max(0, os.fstat(self._log.fileno()).st_size - 1500)
                 ).decode(errors="replace")
-        if end:
-            if self._process is not None:
-                self._process.kill()
-            self.close()
-        return MeasurementError(
+        if kind is not BenchFailed:
+            self._kill()
+        return kind(
             f"vllm bench serve {what}" + (f"; its last lines:\n{tail.strip()}" if tail.strip() else ""),
             "Throughput is measured with vLLM's own client: the [serve] extra must be installed.",
         )

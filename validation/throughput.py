@@ -9,69 +9,43 @@ the first token.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import httpx
 from pydantic import ValidationError
 
 from validation.bench_client import BenchClient
-from validation.document import Document, canonical_json, digest_of, resolve_url
-from validation.endpoint import Message, Target
+from validation.document import Document, digest_of, resolve_url
+from validation.endpoint import Target
 from validation.environment import collect_environment
 from validation.errors import MeasurementError, ServerUnreachable
-from validation.tasks.items import Item
+from validation.throughput_cell import (
+    Acceptance,
+    Cell,
+    Prompt,
+    Spread,
+    messages_of,
+    read_cell,
+    run_cell,
+    write_json,
+)
 
-Prompt = Item | Sequence[Message | Mapping[str, Any]]
-"""A conversation: an item, or its messages."""
-
-
-class Spread(Document):
-    """A time over the requests of a cell, in milliseconds."""
-
-    median: float
-    mean: float
-    p99: float
-
-
-class Acceptance(Document):
-    """Speculative decoding during a cell, from the engine's own counters."""
-
-    length: float
-    """Tokens out of one verification step: 1 + accepted / drafts."""
-    per_position: tuple[float, ...]
-    """Share of drafts whose token at this position was accepted; falls with position (unconditional)."""
-    drafts: int
-    draft_tokens: int
-    accepted_tokens: int
-
-
-class Cell(Document):
-    """One concurrency."""
-
-    concurrency: int
-    requests: int
-    completed: int
-    failed: int
-    input_tokens: int
-    output_tokens: int
-    duration_s: float
-    output_tokens_per_s: float
-    total_tokens_per_s: float
-    ttft_ms: Spread
-    """Time to the first token."""
-    tpot_ms: Spread
-    """Time per output token after the first."""
-    itl_ms: Spread
-    """Time between two arrivals; with a draft one arrival may hold several tokens."""
-    acceptance: Acceptance | None
-    """None: the server reports no speculative decoding."""
-    output_lengths: tuple[int, ...]
-    """Tokens of each answer, in the order of the prompts."""
+__all__ = [
+    "Acceptance",
+    "Cell",
+    "DecodeSpeed",
+    "Prompt",
+    "Ratio",
+    "Spread",
+    "ThroughputRun",
+    "compare_throughput",
+    "measure_decode_speed",
+    "measure_throughput",
+]
 
 
 class ThroughputRun(Document):
@@ -157,7 +131,7 @@ def measure_throughput(
     """
     if not prompts or not concurrency:
         raise MeasurementError("throughput needs at least one prompt and one concurrency")
-    conversations = [_messages(p) for p in prompts]
+    conversations = [messages_of(p) for p in prompts]
     prompts_digest = digest_of(conversations)
     if match is not None and match.prompts_digest != prompts_digest:
         raise MeasurementError(f"{match.label} was measured on other prompts; lengths cannot be matched")
@@ -182,21 +156,22 @@ def measure_throughput(
                 }
             ).removeprefix("sha256:")[:20]
             path = target.cache / f"throughput-{key}.json"
-            cell = _read_cell(path)
+            cell = read_cell(path)
             if cell is None:
-                cell = _run_cell(
+                cell = run_cell(
                     target,
                     tokenizer,
                     conversations,
                     lengths or [output_tokens] * len(conversations),
-                    lengths is not None,
-                    level,
-                    warmups,
-                    seed,
-                    path,
-                    own,
-                    timeout_s,
+                    exact=lengths is not None,
+                    concurrency=level,
+                    warmups=warmups,
+                    seed=seed,
+                    files=path,
+                    bench=own,
+                    timeout_s=timeout_s,
                 )
+                write_json(path, cell.model_dump(mode="json"))
             cells.append(cell)
     finally:
         if bench is None:
@@ -247,7 +222,7 @@ def measure_decode_speed(
     Raises:
         ServerUnreachable: the server stopped answering. MeasurementError: no answer had two tokens.
     """
-    conversations = [_messages(p) for p in prompts]
+    conversations = [messages_of(p) for p in prompts]
     settings = {
         "subject": target.subject,
         "prompts": digest_of(conversations),
@@ -285,7 +260,7 @@ def measure_decode_speed(
         high=max(speeds),
         ttft_ms=statistics.median(firsts),
     )
-    _write(path, result.model_dump(mode="json"))
+    write_json(path, result.model_dump(mode="json"))
     return result
 
 
@@ -327,143 +302,9 @@ def _stream(
     return tokens, first - began, last - first
 
 
-def _run_cell(
-    target: Target,
-    tokenizer: Path,
-    conversations: list[list[dict[str, str]]],
-    lengths: Sequence[int],
-    exact: bool,
-    concurrency: int,
-    warmups: int,
-    seed: int,
-    path: Path,
-    bench: BenchClient,
-    timeout_s: float,
-) -> Cell:
-    base, model = resolve_url(target.url), target.model
-    plain = all(len(c) == 1 and c[0]["role"] == "user" for c in conversations)
-    texts = [c[0]["content"] for c in conversations] if plain else _rendered(base, model, conversations)
-    dataset = path.with_suffix(".prompts.jsonl")
-    rows = [{"prompt": t, "output_tokens": n} for t, n in zip(texts, lengths, strict=True)]
-    dataset.write_text("".join(canonical_json(r) + "\n" for r in rows), encoding="utf-8")
-    raw = path.with_suffix(".raw.json")
-    raw.unlink(missing_ok=True)
-    arguments = [
-        *("--backend", "openai", "--base-url", base, "--endpoint", "/v1/completions"),
-        *("--model", model, "--served-model-name", model, "--tokenizer", str(tokenizer)),
-        *("--dataset-name", "custom", "--dataset-path", str(dataset), "--custom-output-len", "-1"),
-        *("--num-prompts", str(len(rows)), "--max-concurrency", str(concurrency), "--disable-shuffle"),
-        *("--num-warmups", str(warmups), "--seed", str(seed), "--temperature", "0"),
-        *("--ready-check-timeout-sec", "0", "--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl"),
-        *("--save-result", "--save-detailed", "--result-dir", str(raw.parent), "--result-filename", raw.name),
-    ]
-    if not plain:
-        arguments.append("--skip-chat-template")
-    if exact:
-        arguments.append("--ignore-eos")
-    bench.run(arguments, timeout_s=timeout_s)
-    try:
-        result = json.loads(raw.read_bytes())
-        cell = _cell(result, concurrency, len(rows))
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise MeasurementError(
-            f"vllm bench serve left no readable result: {type(err).__name__}: {err}"
-        ) from None
-    if cell.failed or cell.completed != len(rows):
-        errors = next((str(e) for e in result.get("errors", ()) if e), "it gives no reason")
-        raise MeasurementError(
-            f"{len(rows) - cell.completed} of {len(rows)} requests failed at concurrency {concurrency}: "
-            f"{' '.join(errors.split())[-300:]}",
-            "See the server's log.",
-        )
-    _write(path, cell.model_dump(mode="json"))
-    return cell
-
-
-def _cell(result: dict[str, Any], concurrency: int, requests: int) -> Cell:
-    def spread(metric: str) -> Spread:
-        return Spread(
-            median=result[f"median_{metric}_ms"],
-            mean=result[f"mean_{metric}_ms"],
-            p99=result[f"p99_{metric}_ms"],
-        )
-
-    acceptance = None
-    if result.get("spec_decode_num_drafts"):
-        acceptance = Acceptance(
-            length=result["spec_decode_acceptance_length"],
-            per_position=tuple(result["spec_decode_per_position_acceptance_rates"]),
-            drafts=result["spec_decode_num_drafts"],
-            draft_tokens=result["spec_decode_draft_tokens"],
-            accepted_tokens=result["spec_decode_accepted_tokens"],
-        )
-    return Cell(
-        concurrency=concurrency,
-        requests=requests,
-        completed=result["completed"],
-        failed=result["failed"],
-        input_tokens=result["total_input_tokens"],
-        output_tokens=result["total_output_tokens"],
-        duration_s=result["duration"],
-        output_tokens_per_s=result["output_throughput"],
-        total_tokens_per_s=result["total_token_throughput"],
-        ttft_ms=spread("ttft"),
-        tpot_ms=spread("tpot"),
-        itl_ms=spread("itl"),
-        acceptance=acceptance,
-        output_lengths=tuple(result["output_lens"]),
-    )
-
-
-def _rendered(base: str, model: str, conversations: list[list[dict[str, str]]]) -> list[str]:
-    """Conversations of several turns as the server's own chat template writes them.
-
-    The benchmark applies the template to a single user turn only.
-    """
-    texts = []
-    with httpx.Client(base_url=base, timeout=60.0, trust_env=False) as client:
-        for messages in conversations:
-            try:
-                answer = client.post("/tokenize", json={"model": model, "messages": messages})
-                tokens = answer.raise_for_status().json()["tokens"]
-                text = client.post("/detokenize", json={"model": model, "tokens": tokens})
-                texts.append(str(text.raise_for_status().json()["prompt"]))
-            except (httpx.HTTPError, ValueError, KeyError) as err:
-                raise MeasurementError(
-                    f"{base} does not render conversations of several turns: {err}",
-                    "Use prompts of one user turn, or a server with /tokenize and /detokenize.",
-                ) from None
-    return texts
-
-
 def _matched_lengths(match: ThroughputRun | None, concurrency: int) -> list[int] | None:
     if match is None:
         return None
     cell = match.at(concurrency) or match.cells[0]
     # A request for no token at all is refused by servers.
     return [max(1, n) for n in cell.output_lengths]
-
-
-def _messages(prompt: Prompt) -> list[dict[str, str]]:
-    turns = prompt.messages if isinstance(prompt, Item) else prompt
-    return [
-        t.model_dump() if isinstance(t, Message) else Message.model_validate(t).model_dump() for t in turns
-    ]
-
-
-def _read_cell(path: Path) -> Cell | None:
-    try:
-        return Cell.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all: a temporary file, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(canonical_json(value))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

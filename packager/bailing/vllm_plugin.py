@@ -10,7 +10,13 @@ import os
 ARCHITECTURE = "BailingMoeV2ForCausalLM"
 SYNTHETIC_ON_CPU = "PACKAGER_SYNTHETIC_ACCEPTANCE"
 """Set in the environment of a server that measures speed at an acceptance given beforehand."""
+ROUTING = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
+"""vLLM's own: how a server that measures dummy weights sends tokens to experts."""
+UNIFORM_ON_CPU = "packager_uniform_random"
+"""See `packager.bailing.vllm_routing`; elsewhere vLLM's `uniform_random`."""
 _CLASS = "packager.bailing.vllm_model:BailingMoeV2ForCausalLM"
+_DRAFT = "LlamaForCausalLMEagle3"
+_DRAFT_CLASS = "packager.bailing.vllm_draft:Eagle3LlamaForCausalLM"
 
 
 def register() -> None:
@@ -28,3 +34,8 @@ def register() -> None:
         from packager.bailing import vllm_synthetic
 
         vllm_synthetic.register()
+        ModelRegistry.register_model(_DRAFT, _DRAFT_CLASS)
+    if os.environ.get(ROUTING) == UNIFORM_ON_CPU:
+        from packager.bailing import vllm_routing
+
+        vllm_routing.register()

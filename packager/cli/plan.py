@@ -6,6 +6,7 @@ import json
 import shlex
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from packager.cli import options
 from packager.errors import UsageProblem
 from packager.serving.engine import ServeSpec, sglang_command, vllm_command
 from packager.serving.plan import (
+    COUNTS,
     Fit,
     Plan,
     held_precision,
@@ -22,12 +24,15 @@ from packager.serving.plan import (
     model_bytes,
     over_concurrency,
     shape_config,
+    split_problem,
 )
+from packager.serving.tuned_kernels import Kernels, Tuned, kernels, shipped
 from validation.errors import MeasurementError
 from validation.hardware import GB, Hardware, hardware_file, parse_hardware
 from validation.models import Precision
 from validation.roofline import Rate
 
+_WIDTH = 79
 _RELEASED = Path("BUNDLE")
 """Stands in the command for the folder that a release makes."""
 
@@ -188,10 +193,39 @@ def _document(plan: Plan, serve: dict[str, list[str]], longer: int | None) -> di
             }
             for split in plan.splits
         ],
+        "kernels": _kernels_document(plan),
         "prefill_seconds_bound": plan.prefill.seconds if plan.prefill else None,
         "over_concurrency": [_bound(bound) for bound in over_concurrency(plan)] if plan.fits else [],
         "serve_command": serve.get("vLLM"),
         "sglang_command": serve.get("SGLang"),
+    }
+
+
+def _kernels_of(plan: Plan) -> tuple[Kernels, ...]:
+    """For each way to split the model over cards like those planned for."""
+    model, key = plan.model, plan.fit.hardware.key
+    possible = [count for count in COUNTS if split_problem(model.layout, count, model.precision) is None]
+    return tuple(kernels(model.layout, model.precision, key, count) for count in possible)
+
+
+def _kernels_document(plan: Plan) -> dict[str, Any]:
+    def tuned(one: Tuned | None) -> dict[str, Any] | None:
+        if one is None:
+            return None
+        return {"file": one.file, "tuned": one.found, "read": one.used, "kernel": one.why}
+
+    return {
+        "vllm": shipped().release,
+        "names_from": "the installed vLLM" if shipped().installed else "the packager's own list",
+        "splits": [
+            {
+                "cards": one.ways,
+                "fused_moe": tuned(one.experts),
+                "fused_moe_expert_parallel": tuned(one.whole_experts),
+                "dense": [tuned(matrix) for matrix in one.dense],
+            }
+            for one in _kernels_of(plan)
+        ],
     }
 
 
@@ -240,21 +274,22 @@ def _print(
     if plan.fits:
         rows.append(("KV room", _room(plan, found)))
     for name, value in rows:
-        click.echo(f"{name:<11} {value}")
+        click.echo(textwrap.fill(f"{name:<11} {value}", _WIDTH, subsequent_indent=" " * 12))
     _print_bounds("decoding, at best", plan.bounds)
-    _print_bounds(f"with the draft, if {acceptance or 0:g} tokens a step are accepted", plan.draft_bounds)
+    _print_bounds(f"with the draft, if a step yields {acceptance or 0:g} tokens", plan.draft_bounds)
     if plan.prefill is not None:
         click.echo(
             f"\nreading a prompt of {plan.context} tokens: {plan.prefill.seconds:.2f} s at best "
             f"({plan.prefill.limited_by})"
         )
     _print_splits(plan)
+    _print_kernels(plan)
     if not serve:
         return
     where = "" if plan.fits else "there, "
     for engine, line in serve.items():
         click.echo(f"\n{where}serve with {engine}")
-        click.echo(f"  {shlex.join(line)}")
+        click.echo(f"  {_shell(line)}")
     if made_by:
         click.echo(f"  ({_RELEASED} is the folder that {made_by})")
     if longer:
@@ -271,7 +306,49 @@ def _print_splits(plan: Plan) -> None:
             says = f"{found.kv_tokens} tokens of cache"
             if split.expert_parallel:
                 says += "; experts may stay whole (--enable-expert-parallel)"
-        click.echo(textwrap.fill(f"  {found.hardware.label}: {says}", 79, subsequent_indent="    "))
+        click.echo(_filled(f"  {found.hardware.label}: {says}"))
+
+
+def _print_kernels(plan: Plan) -> None:
+    found, hardware = _kernels_of(plan), plan.fit.hardware
+    if not any(one.experts or one.dense for one in found):
+        return
+    source = "installed" if shipped().installed else "by the packager's list"
+    click.echo(f"\nkernel settings that vLLM {shipped().release} ({source}) brings for {hardware.card.name}:")
+    for one in found:
+        if one.experts is None:
+            continue
+        says = f"fused MoE {one.experts.says}"
+        if one.whole_experts is not None:
+            says += f"; experts whole: {one.whole_experts.says}"
+        click.echo(_filled(f"  {hardware.with_count(one.ways).label}: {says}"))
+    dense = dict.fromkeys(matrix.says for one in found for matrix in one.dense)
+    if dense:
+        click.echo(_filled(f"  other matrices: {'; '.join(dense)}"))
+    if any(one.experts is not None and one.experts.untuned for one in found):
+        click.echo(
+            _filled(
+                "  (vLLM's benchmarks/kernels/benchmark_moe.py --tune makes what is missing; "
+                "VLLM_TUNED_CONFIG_FOLDER names where it lies)"
+            )
+        )
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _shell(line: list[str]) -> str:
+    """A command to copy, an option and its value together, broken with backslashes."""
+    words, rows = [shlex.quote(word) for word in line], [""]
+    starts = [0, *(k for k, word in enumerate(line) if word.startswith("--")), len(line)]
+    for start, end in pairwise(starts):
+        part = " ".join(words[start:end])
+        if rows[-1] and len(rows[-1]) + len(part) > _WIDTH - 7:
+            rows.append(part)
+        else:
+            rows[-1] = f"{rows[-1]} {part}".strip()
+    return " \\\n    ".join(rows)
 
 
 def _plot(bounds: Sequence[Rate]) -> None:

@@ -31,6 +31,8 @@ class ServeSpec:
     its longest request, and verifies zeros in the drafts' place: that saves the draft's time alone."""
     synthetic_acceptance_length: float | None = None
     """Accept draft tokens at random so that a step yields this many on average; to measure speed alone."""
+    dummy_weights: bool = False
+    """Let the engine fill model and draft with random numbers: their folders hold configs alone."""
     max_model_len: int | None = None
     """Tokens of prompt and output together; None: what the checkpoint says."""
     hf_overrides: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +109,8 @@ def vllm_command(
         command += ["--max-model-len", str(spec.max_model_len)]
     if spec.tensor_parallel > 1:
         command += ["--tensor-parallel-size", str(spec.tensor_parallel)]
+    if spec.dummy_weights:
+        command += ["--load-format", "dummy"]
     if spec.hf_overrides:
         command += ["--hf-overrides", json.dumps(spec.hf_overrides, sort_keys=True)]
     speculative = speculative_config(spec)
@@ -131,6 +135,8 @@ def sglang_command(spec: ServeSpec, *, host: str = "127.0.0.1", port: int = 8000
         command += ["--context-length", str(spec.max_model_len)]
     if spec.tensor_parallel > 1:
         command += ["--tp-size", str(spec.tensor_parallel)]
+    if spec.dummy_weights:
+        command += ["--load-format", "dummy"]
     if spec.hf_overrides:
         command += ["--json-model-override-args", json.dumps(spec.hf_overrides, sort_keys=True)]
     if spec.draft is not None and spec.num_speculative_tokens:

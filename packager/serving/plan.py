@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from packager.bailing.config import BailingConfig
 from packager.bailing.layout import model_of
@@ -55,6 +55,10 @@ class ModelBytes:
     def kv_per_token(self) -> int:
         """KV cache of one token, the draft's single layer included."""
         return (self.shape.layers + bool(self.draft)) * self.kv_layer
+
+    def tokens_in(self, space: float) -> int:
+        """Tokens whose KV cache takes `space` bytes in all. Engines round down to whole blocks of tokens."""
+        return max(0, int(space / self.kv_per_token))
 
 
 def layout_of(config: Config) -> Model:
@@ -281,9 +285,8 @@ def fit(model: ModelBytes, hardware: Hardware, context: int) -> Fit:
     # A KV head is not split: with more cards than KV heads each card still holds one.
     keys = model.layout.shape["kv_heads"]
     heads = max(1, keys // ways)
-    kv_per_card = model.kv_per_token * heads / keys
     room = hardware.usable_per_card - per_card
-    tokens = max(0, int(room / kv_per_card))
+    tokens = model.tokens_in(room * keys / heads)
     problem = split_problem(model.layout, ways, model.precision)
     if problem is None and room <= 0:
         problem = (
@@ -426,12 +429,17 @@ def make_plan(
     )
 
 
-def shape_config(name: str) -> Described:
-    """A published architecture by name. Raises UsageProblem: unknown (the known ones are listed)."""
+def shape_file(name: str) -> dict[str, Any]:
+    """config.json of a published architecture. Raises UsageProblem: unknown (the known ones are listed)."""
     folder = resources.files("recipes")
     names = [entry.name for entry in folder.iterdir()]
     known = sorted(entry.removesuffix(".json") for entry in names if entry.endswith(".json"))
     if name not in known:
         raise UsageProblem(f"no shape named {name!r}", f"Known: {', '.join(known) or 'none'}.")
     with resources.as_file(folder.joinpath(f"{name}.json")) as path:
-        return Described.parse(read_json_object(path), name)
+        return read_json_object(path)
+
+
+def shape_config(name: str) -> Described:
+    """A published architecture by name. Raises UsageProblem: unknown (the known ones are listed)."""
+    return Described.parse(shape_file(name), name)

@@ -20,7 +20,8 @@ from packager.serving import guard
 from packager.serving.engine import ServeSpec, server_environment, vllm_command
 
 _QUIET = ("--disable-uvicorn-access-log",)  # a line a request would fill the tail that errors show
-_TAIL_LINES = 20
+TAIL_LINES = 20
+"""Lines of a log that an error shows."""
 _POLL_S = 0.1
 # A Python exception as vLLM logs it, with or without its process and level prefix.
 _EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception|Interrupt)): (.+)")
@@ -34,6 +35,20 @@ _AFTERMATH = (
 )
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*?)(?:_total)?(?:\{(.*)\})? (\S+)$")
 _POSITION = re.compile(r'position="(\d+)"')
+
+
+class EngineFailed(RemoteFailure):
+    """An engine died, or was not healthy in time."""
+
+    def __init__(
+        self, message: str, remedy: str, *, exit_code: int | None, cause: str | None, log: str
+    ) -> None:
+        super().__init__(message, remedy)
+        self.engine_exit_code = exit_code
+        """None: it still runs."""
+        self.cause = cause
+        """The exception that ended it, as its log has it."""
+        self.log = log
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -173,15 +188,29 @@ class Server:
             raise RemoteFailure("the server is not running")
         code = self._process.poll()
         if code is not None:
-            raise self.failure(f"the engine died with exit code {code}")
+            raise self.failure(f"the engine died with exit code {code}", code)
 
-    def failure(self, what: str) -> RemoteFailure:
+    def failure(self, what: str, exit_code: int | None = None) -> EngineFailed:
         """The error to raise when `what` has happened, with the cause and the tail of the log."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         cause = log_cause(text)
-        tail = "\n".join("  | " + line for line in text.splitlines()[-_TAIL_LINES:])
+        tail = "\n".join("  | " + line for line in self.log_tail())
         message = f"{what} while serving {self.spec.model}" + (f": {cause}" if cause else "")
-        return RemoteFailure(f"{message}\n{tail}", f"The whole log is {self.log}.")
+        return EngineFailed(
+            f"{message}\n{tail}",
+            f"The whole log is {self.log}.",
+            exit_code=exit_code,
+            cause=cause,
+            log=text,
+        )
+
+    def log_tail(self) -> tuple[str, ...]:
+        """Last lines of the log, as far as it is written."""
+        try:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ()
+        return tuple(text.splitlines()[-TAIL_LINES:])
 
     def wait(self) -> int:
         """Block until the server ends by itself; its exit code."""
