@@ -156,6 +156,7 @@ def peer_model(
 
 def theirs(model: Any, data: Path, spec: DraftSpec, hidden: int, length: int, bf16: bool) -> Loop:
     """A plain loop over speculators' loader, model and loss: what its trainer does in a step."""
+    device = next(model.parameters()).device
     from speculators.losses import resolve_loss_config
     from speculators.models.eagle3.data import shift_batch
     from speculators.train.data import ArrowDataset
@@ -179,8 +180,10 @@ def theirs(model: Any, data: Path, spec: DraftSpec, hidden: int, length: int, bf
             READING.append(time.perf_counter() - began)
             if batch is None:
                 break
-            inputs = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            inputs = {
+                key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)
+            }
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 _, loss, _ = model(
                     **inputs, ttt_steps=spec.ttt_steps, ttt_step_loss_decay=STEP_DECAY, loss_config=losses
                 )

@@ -37,6 +37,9 @@ class Environment(Document):
     amx: bool
     """Whether the CPU has AMX tiles, without which vLLM has no FP8 block kernel on a CPU."""
     gpus: tuple[str, ...]
+    """Name and memory of each."""
+    gpu_driver: str | None = None
+    """Version of the driver; None: no GPU, or it does not tell."""
     system: str
     python: str
     versions: dict[str, str]
@@ -64,7 +67,8 @@ def collect_environment() -> Environment:
         cores=len(os.sched_getaffinity(0)),
         memory_gib=round(memory / 2**20, 1),
         amx="amx_tile" in fields.get("flags", "").split(),
-        gpus=_gpus(),
+        gpus=_nvidia("name,memory.total"),
+        gpu_driver=next(iter(_nvidia("driver_version")), None),
         system=f"{platform.system()} {platform.machine()}",
         python=".".join(map(str, sys.version_info[:3])),
         versions=_versions(),
@@ -81,10 +85,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _gpus() -> tuple[str, ...]:
+def _nvidia(fields: str) -> tuple[str, ...]:
+    """One line for each GPU."""
     try:
         listing = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             timeout=20,

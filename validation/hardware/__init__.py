@@ -94,23 +94,53 @@ def parse_hardware(text: str) -> Hardware:
 
 
 def measure_here(seconds: float = 1.0) -> Card:
-    """The present machine: read bandwidth, by a dot product of 2 x 256 MB, and matrix rate, 2048 x 2048.
+    """The present machine: memory bandwidth and matrix rate, of its first GPU or else of its processor.
 
-    In BF16 by torch where that is installed, as engines compute; else in FP32 by NumPy. The best of the
-    repeats that fit in `seconds` each. Links are not known: a model is not split here.
+    A processor's bandwidth is that of reading, by a dot product of 2 x 256 MB, its matrix rate that of
+    2048 x 2048; a GPU's are those of a copy of 1 GiB, bytes read and written, and of 8192 x 8192, on random
+    numbers. In BF16 by torch where that is installed, as engines compute; else in FP32 by NumPy. The best of
+    the repeats that fit in `seconds` each. FP8 and INT8 count as fast as BF16: they are not measured. Links
+    are not known: a model is not split here.
     """
+    try:
+        import torch
+    except ImportError:
+        return _processor(seconds, None)
+    return _gpu(seconds, torch) if torch.cuda.is_available() else _processor(seconds, torch)
+
+
+def _processor(seconds: float, torch: Any) -> Card:
     import numpy as np
 
     left, right = (np.ones(1 << 25, dtype=np.float64) for _ in range(2))
     bandwidth = _best(lambda: left @ right, left.nbytes + right.nbytes, seconds)
-    try:
-        import torch
-    except ImportError:
-        matrix: Any = np.ones((2048, 2048), dtype=np.float32)
+    matrix: Any
+    if torch is None:
+        matrix = np.ones((2048, 2048), dtype=np.float32)
     else:
         matrix = torch.ones((2048, 2048), dtype=torch.bfloat16)
     rate = _best(lambda: matrix @ matrix, 2.0 * 2048**3, seconds)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _measured(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), bandwidth, rate)
+
+
+def _gpu(seconds: float, torch: Any) -> Card:
+    source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    matrix = torch.randn(8192, 8192, device="cuda").bfloat16()
+
+    def finished(work: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            work()
+            torch.cuda.synchronize()
+
+        return run
+
+    bandwidth = _best(finished(lambda: target.copy_(source)), 2.0 * source.numel(), seconds)
+    rate = _best(finished(lambda: matrix @ matrix), 2.0 * 8192**3, seconds)
+    return _measured(torch.cuda.get_device_properties(0).total_memory, bandwidth, rate)
+
+
+def _measured(memory: float, bandwidth: float, rate: float) -> Card:
     return Card(
         name="this machine (measured)",
         memory_gb=memory / GB,
