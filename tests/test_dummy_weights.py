@@ -13,6 +13,7 @@ from conftest import TINY_CONFIG
 from tiny_architectures import tiny_config
 
 from packager.bailing.vllm_plugin import ROUTING
+from packager.cli.throughput_shapes import shape_options, shape_variants
 from packager.cli.validate import command as validate
 from packager.draft.config import tensor_shapes
 from packager.errors import BadInput, PackagerError, UsageProblem
@@ -181,6 +182,20 @@ def test_the_verb_says_what_does_not_go_together(options: list[str], says: str, 
     done = CliRunner().invoke(validate, line)
     said = done.exception.message if isinstance(done.exception, PackagerError) else done.output
     assert done.exit_code != 0 and says in said
+
+
+def test_the_same_shape_on_both_sides_has_two_names(config: Path, tmp_path: Path) -> None:
+    names = shape_options()
+    options = {"shape": str(config), "baseline_shape": str(config), "synthetic_acceptance": ()}
+    options |= {f"{side}shape_scheme": "bf16" for side in ("", "baseline_")}
+    options |= dict.fromkeys(("shape_layers", "baseline_shape_layers", "shape_draft_vocab"))
+    assert len(names) == len(options) + 1
+    found = shape_variants(
+        options | {"shape_tensor_parallel": 1}, tmp_path, input_tokens=(8,), output_tokens=(8,),
+        draft_tokens=None, say=lambda _: None,
+    )  # fmt: skip
+    first, second = (one.variant.name for one in found)
+    assert second == f"{first} (baseline)"
 
 
 @pytest.mark.engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ def shape_variants(
             if options[f"{prefix}shape_layers"] is not None:
                 raise UsageProblem(f"--{prefix.replace('_', '-')}shape-layers goes with a shape")
             continue
-        found += dummy_variants(
+        made = dummy_variants(
             shape,
             cache / ("shape-baseline" if baseline else "shape"),
             baseline=baseline,
@@ -123,6 +124,10 @@ def shape_variants(
             tensor_parallel=options["shape_tensor_parallel"],
             max_model_len=max(input_tokens) + max(output_tokens) + _TEMPLATE_TOKENS,
         )
+        taken = {one.variant.name for one in found}
+        for one in made:  # the same shape on both sides, in one precision
+            clear = f"{one.variant.name} (baseline)" if one.variant.name in taken else one.variant.name
+            found.append(replace(one, variant=one.variant.model_copy(update={"name": clear})))
     for note in dict.fromkeys(note for one in found for note in one.variant.notes):
         say(note)
     return found

@@ -30,6 +30,7 @@ def _drafts(scale: str) -> Iterator[Cell]:
 
 
 PIECES: dict[str, Callable[[str], Iterator[Cell]]] = {"conversion": _conversion, "drafts": _drafts}
+"""`serving` is beside them: it keeps files of its own."""
 
 
 def _device() -> Any:
@@ -53,7 +54,7 @@ def _stamp(scale: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pieces", nargs="+", choices=PIECES)
+    parser.add_argument("pieces", nargs="+", choices=(*PIECES, "serving"))
     parser.add_argument("--out", type=Path, required=True, help="one JSON file a cell; those there are kept")
     parser.add_argument("--scale", choices=("true", "nano"), default="true", help="nano: to try it on a CPU")
     parser.add_argument("--seconds", type=float, default=540.0, help="no cell begins that would not fit")
@@ -61,7 +62,12 @@ def main() -> int:
     until = time.monotonic() + options.seconds
     cells: list[Cell] = []
     for piece in options.pieces:
-        cells += PIECES[piece](options.scale)
+        if piece == "serving":
+            from serving import serving_cells
+
+            cells += serving_cells(options.scale, options.out, options.seconds)
+        else:
+            cells += PIECES[piece](options.scale)
     if options.scale == "nano":
         cells = [dataclasses.replace(cell, seconds=min(cell.seconds, 20.0)) for cell in cells]
     return 0 if run_cells(cells, options.out, until, _stamp(options.scale)) else 1
