@@ -323,10 +323,10 @@ article{box-sizing:border-box;width:1012px;padding:32px}
 table{border-collapse:collapse;display:block;width:max-content;max-width:100%%;overflow:auto}
 th,td{border:1px solid #d1d9e0;padding:6px 13px} pre{overflow:auto}
 </style><article>%s</article><script>
-document.title=JSON.stringify({
+addEventListener("load",()=>{document.title=JSON.stringify({
 tables:[...document.querySelectorAll("table")].map(t=>t.scrollWidth-t.clientWidth),
 links:document.querySelectorAll("td a[title]").length,page:document.documentElement.scrollWidth,
-images:[...document.images].map(i=>i.naturalWidth>0)})</script>"""
+images:[...document.images].map(i=>i.naturalWidth>0)})})</script>"""
 """GitHub's measures: the column, the table that scrolls where it is too wide."""
 
 

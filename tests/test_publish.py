@@ -327,12 +327,24 @@ def test_a_published_bundle_is_verified_from_the_hub(bundle: Path, stages: Stage
 def test_verifying_and_publishing_need_only_the_base_install(bundle: Path, tmp_path: Path) -> None:
     script = f"""
 import sys
+before = set(sys.modules)  # what the interpreter's own start brings
 from packager.cli import run
 assert run(["verify", {str(bundle)!r}]) == 0
 folders = ["--hub-dir", {str(tmp_path / "hub")!r}, "--download-dir", {str(tmp_path / "down")!r}]
 assert run(["publish", {str(bundle)!r}, "hf://{REPO}", "--rehearse", *folders]) == 0
-heavy = {{"torch", "transformers", "vllm", "scipy", "matplotlib", "psutil", "tokenizers", "validation"}}
-print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+from importlib import metadata
+from packaging.requirements import Requirement
+base, todo = set(), ["moe-packager"]
+while todo:
+    name = todo.pop().lower().replace("_", "-")
+    if name in base:
+        continue
+    base.add(name)
+    found = [Requirement(line) for line in metadata.requires(name) or ()]
+    todo += [r.name for r in found if r.marker is None or r.marker.evaluate({{"extra": ""}})]
+places = metadata.packages_distributions()
+used = {{d.lower().replace("_", "-") for m in set(sys.modules) - before for d in places.get(m.split(".")[0], ())}}
+print(sorted(used - base), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -81,10 +81,10 @@ def verify_bundle(
     total = sum(entry.size for entry in manifest.files)
     if progress:
         progress(f"hashing {len(manifest.files)} files, {total / 1e9:.2f} GB")
-    _refuse_faults(path, _layout_faults(path, manifest))
-    # Before hashing: it costs nothing, and a changed manifest would put the blame on another file.
+    # First: it costs nothing, and a changed manifest would put the blame on another file.
     trusted = public_key or identity
     signer = _check_signature(path, manifest, trusted)
+    _refuse_faults(path, _layout_faults(path, manifest))
     _refuse_faults(path, _byte_faults(path, manifest))
     lock = read_lock(path)
     _refuse(path, [*chain_problems(lock), *_origin_problems(manifest, lock), *_evidence_problems(path, lock)])

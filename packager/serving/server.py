@@ -201,7 +201,9 @@ class Server:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         cause, advice = log_cause(text), ""
         if trouble := memory_trouble(text, exit_code):
-            cause, advice = trouble[0], trouble[1] + " "
+            # The engine's own words stay beside ours: they say where it ran out.
+            cause = f"{trouble[0]} ({cause})" if cause else trouble[0]
+            advice = trouble[1] + " "
         tail = "\n".join("  | " + line for line in self.log_tail())
         message = f"{what} while serving {self.spec.model}" + (f": {cause}" if cause else "")
         return EngineFailed(
