@@ -140,11 +140,22 @@ def test_the_answer_agrees_with_torch() -> None:
         assert fp8_runs_here()[0] == torch.cpu._is_amx_tile_supported()
 
 
-def test_the_users_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_environment_wins_and_blanks_in_paths_are_kept_from_tools_that_split_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert "OMP_NUM_THREADS" not in cpu.cpu_environment()
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert int(cpu.cpu_environment()["OMP_NUM_THREADS"]) >= 1
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert "TORCH_COMPILE_DISABLE" not in cpu.cpu_environment()
+    # Neither ld.so nor torch's call of the compiler stands a blank in its paths.
+    library = tmp_path / "an installation" / "lib" / "libiomp5.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr("sys.prefix", str(library.parents[1]))
+    assert cpu.cpu_environment()["TORCH_COMPILE_DISABLE"] == "1"
+    assert "LD_PRELOAD" not in cpu.cpu_environment()
 
 
 # --- reading what the engine says ---------------------------------------------------------------------------

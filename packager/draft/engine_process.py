@@ -25,7 +25,7 @@ def engine_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
     }
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"  # vLLM's CPU build is slow without it
-    if openmp.exists():
+    if openmp.exists() and not any(map(str.isspace, sys.prefix)):  # the variable is split at blanks
         wanted["LD_PRELOAD"] = str(openmp)
     return wanted | dict(os.environ)
 

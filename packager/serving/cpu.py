@@ -67,7 +67,13 @@ def fp8_runs_here(scheme: str = "fp8-block") -> tuple[bool, str]:
 def _intel_openmp() -> str:
     """Path of Intel's OpenMP, which vLLM wants preloaded for speculative decoding; empty if not installed."""
     library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    return str(library) if library.exists() else ""
+    return str(library) if library.exists() and not _blank_in_prefix() else ""
+
+
+def _blank_in_prefix() -> bool:
+    """Whether Python is installed under a path with a blank: LD_PRELOAD is split there, and so is the command
+    with which torch 2.13 calls the C++ compiler (its include paths are not quoted)."""
+    return any(character.isspace() for character in sys.prefix)
 
 
 def cpu_environment() -> dict[str, str]:
@@ -77,11 +83,13 @@ def cpu_environment() -> dict[str, str]:
       long again on imports. vLLM then leaves the thread count to us; as it would, one core stays free for the
       API server, without which kernels wait for it and two threads are slower than one.
     - 1 GiB of KV cache; no hub, no usage report.
+    - Nothing compiled by torch where its compiler cannot be called; see `_blank_in_prefix`.
     """
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),
         "LD_PRELOAD": _intel_openmp(),
+        "TORCH_COMPILE_DISABLE": "1" if _blank_in_prefix() else "",
     }
     return {name: value for name, value in wanted.items() if value and name not in os.environ}
