@@ -343,7 +343,8 @@ while todo:
     found = [Requirement(line) for line in metadata.requires(name) or ()]
     todo += [r.name for r in found if r.marker is None or r.marker.evaluate({{"extra": ""}})]
 places = metadata.packages_distributions()
-used = {{d.lower().replace("_", "-") for m in set(sys.modules) - before for d in places.get(m.split(".")[0], ())}}
+tops = {{module.split(".")[0] for module in set(sys.modules) - before}}
+used = {{d.lower().replace("_", "-") for top in tops for d in places.get(top, ())}}
 print(sorted(used - base), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
