@@ -195,5 +195,5 @@ def test_a_registry_that_is_not_there_is_named(bundle: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(RemoteFailure, match=host):
+    with pytest.raises(RemoteFailure, match=f"no registry answers at {host}"):
         push(bundle, f"{host}/org/tiny", attempts=2)

@@ -160,7 +160,7 @@ def pull(
     patience = Patience(attempts, wait_s, progress)
     while True:
         try:
-            with _faults(reference.host):
+            with _faults(reference.host, "Check host and network, then run the same command again."):
                 return _pull(_Client(reference.host, reference.name), reference, cache, progress)
         except PassingFault as fault:
             patience.wait(fault)
@@ -461,9 +461,10 @@ def _registry(host: str) -> Registry:
 
 
 @contextmanager
-def _faults(host: str) -> Iterator[None]:
+def _faults(host: str, again: str = _AGAIN) -> Iterator[None]:
     """Turn what requests and ORAS raise into PassingFault or RemoteFailure."""
     import requests
+    from urllib3.exceptions import MaxRetryError, NewConnectionError
 
     try:
         yield
@@ -472,7 +473,10 @@ def _faults(host: str) -> Iterator[None]:
             f"{host} cannot be trusted: {err}", "Check the name and the certificate."
         ) from None
     except requests.exceptions.RequestException as err:
-        raise PassingFault(f"the connection to {host} broke: {_short(err)}", _AGAIN) from None
+        cause = err.args[0] if err.args else None
+        if isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError):
+            raise PassingFault(f"no registry answers at {host}", again) from None
+        raise PassingFault(f"the connection to {host} broke: {_short(err)}", again) from None
     except ValueError as err:
         # ORAS raises these where it cannot log in.
         if "authentication" not in str(err).lower():
